@@ -1,0 +1,103 @@
+"""Train examples/checkpoints/insnext-mini from the files that prepare_corpus.py wrote.
+
+    python examples/prepare_corpus.py --data_dir DATA --output_dir data
+    python examples/train_insnext_mini.py --corpus data --output_dir runs/mini --max_steps 3000
+
+Interrupted, the same command goes on from the last checkpoint in `output_dir`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from prepare_corpus import load_texts
+from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_insnext import InsNextConfig, InsNextForInsertionLM
+from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, sentence_end_table, word_start_table
+from modeling_insnext.trainer import InsertionTrainer
+
+
+@dataclass
+class MiniArguments:
+    corpus: str = field(default="data", metadata={"help": "Folder with tokenizer/, train.npz and heldout.npz."})
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    intermediate_size: int = 640
+    pack_to: int = field(default=256, metadata={"help": "Tokens a packed row."})
+    orders: str = field(
+        default='{"gap_left_to_right": 0.75, "left_to_right": 0.1, "uniform": 0.15}',
+        metadata={"help": "Weighted mixture of insertion orders, JSON."},
+    )
+    reencode: float = field(default=0.6, metadata={"help": "Share of texts whose context is partly written text."})
+    windowed: float = field(default=0.1, metadata={"help": "Share of texts with a second re-encoded block."})
+    context_step_weight: float = field(default=3.0, metadata={"help": "Weight of the step after a re-encoding."})
+    repeat: str = field(
+        default='{"commongen": 3, "stories": 3, "books": 1}',
+        metadata={"help": "Times a source is seen an epoch, JSON."},
+    )
+
+
+def make_collator(args, tokenizer, texts, **options):
+    return InsertionCollator(
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        order=json.loads(args.orders),
+        contexts=ContextMixture(
+            words=0.25, keywords=0.35, spans=0.15, prefix=0.1, reencode=args.reencode, windowed=args.windowed
+        ),
+        word_starts=word_start_table(tokenizer),
+        sentence_ends=sentence_end_table(tokenizer),
+        token_rarity=rarity_table([text["input_ids"] for text in texts], len(tokenizer)),
+        pack_to=args.pack_to,
+        truncate=True,
+        context_step_weight=args.context_step_weight,
+        **options,
+    )
+
+
+def main():
+    args, training = HfArgumentParser((MiniArguments, TrainingArguments)).parse_args_into_dataclasses()
+    set_seed(training.seed)
+    tokenizer = AutoTokenizer.from_pretrained(f"{args.corpus}/tokenizer")
+    train, heldout = (load_texts(f"{args.corpus}/{name}.npz") for name in ("train", "heldout"))
+    repeat = json.loads(args.repeat)
+    train = [text for text in train for _ in range(repeat[text["source"]])]
+    heldout = [heldout[i] for i in np.random.default_rng(0).permutation(len(heldout))[:400]]
+    config = InsNextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        intermediate_size=args.intermediate_size,
+        max_position_embeddings=tokenizer.model_max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = InsNextForInsertionLM(config)
+    print(f"{model.num_parameters():,} parameters, {sum(len(t['input_ids']) for t in train):,} tokens an epoch")
+    training.remove_unused_columns = False
+    trainer = InsertionTrainer(
+        model=model,
+        args=training,
+        train_dataset=train,
+        eval_dataset=heldout,
+        data_collator=make_collator(args, tokenizer, train),
+        processing_class=tokenizer,
+    )
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
+    )
+    model.to(torch.bfloat16).save_pretrained(f"{training.output_dir}/final")
+    tokenizer.save_pretrained(f"{training.output_dir}/final")
+    Path(f"{training.output_dir}/final/history.json").write_text(json.dumps(trainer.state.log_history))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Configuration of InsNeXt, an insertion language model.
+
+Sources: InsNet (arXiv:2102.11008) and InsNeXt (OpenReview moqBBpMZ8w). Both leave sizes and formulae open; every
+choice made here in their place is a field of :class:`InsNextConfig`.
+"""
+
+from transformers import PreTrainedConfig
+
+
+POSITION_ENCODINGS = ("alibi", "sinusoidal")
+NORMS = ("rmsnorm", "deepnorm")
+
+PRESETS = {
+    "base": {
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 16,
+        "intermediate_size": 2048,
+    },
+    "advanced": {
+        "hidden_size": 1152,
+        "num_attention_heads": 18,
+        "num_hidden_layers": 32,
+        "intermediate_size": 3072,
+    },
+}
+
+
+class InsNextConfig(PreTrainedConfig):
+    """Shape and choices of an InsNeXt model.
+
+    Args:
+        vocab_size: Number of token ids; ids are in `[0, vocab_size)`.
+        hidden_size: Width D of the residual stream.
+        intermediate_size: Width of the SwiGLU feed-forward.
+        num_hidden_layers: Number of blocks.
+        num_attention_heads: Number of query heads H; `hidden_size` must be a multiple of it.
+        num_key_value_heads: Heads of keys and values (grouped query attention); `None` means `num_attention_heads`.
+        max_position_embeddings: Longest text in tokens, given and written ones together.
+        position_encoding: `"alibi"` (direction-aware insertion ALiBi) or `"sinusoidal"` (the InsNet baseline: XLNet's
+            relative sinusoids with their own projection, on the same offsets; `eager` and `sdpa` attention only).
+        alibi_slope_ratio: Factor on even heads' left and odd heads' right slope. 1 is the symmetric form, which cannot
+            tell left from right.
+        norm: `"rmsnorm"` (pre-norm) or `"deepnorm"` (post-norm with DeepNorm's scales, arXiv:2203.00555).
+        position_logit_cap: Soft cap c of the slot logits, `c * tanh(z / c)`.
+        attention_dropout: Dropout probability on attention weights in training.
+        initializer_range: Standard deviation of the normal initialisation.
+        rms_norm_eps: Epsilon of every RMSNorm.
+        tie_word_embeddings: Whether the token head reuses the input embedding.
+
+    Raises:
+        ValueError: If a field is out of its range; the message names the rule and the value.
+    """
+
+    model_type = "insnext"
+    keys_to_ignore_at_inference = ["past_key_values", "position_loss", "token_loss"]
+
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    max_position_embeddings: int = 4096
+    position_encoding: str = "alibi"
+    alibi_slope_ratio: float = 4.0
+    norm: str = "rmsnorm"
+    position_logit_cap: float = 30.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | None = 2
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._check()
+        super().__post_init__(**kwargs)
+
+    def _check(self):
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
+                f"{self.num_attention_heads}"
+            )
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} and "
+                f"{self.num_key_value_heads}"
+            )
+        if self.position_encoding not in POSITION_ENCODINGS:
+            raise ValueError(f"position_encoding must be one of {POSITION_ENCODINGS}, got {self.position_encoding!r}")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {NORMS}, got {self.norm!r}")
+        for name in ("alibi_slope_ratio", "position_logit_cap"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            token = getattr(self, name)
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ValueError(f"{name} must be in [0, {self.vocab_size}), got {token}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def never_inserted(self) -> list[int]:
+        """Ids that are structure, not text: padding, beginning and end have probability 0 as inserted tokens."""
+        return sorted({t for t in (self.pad_token_id, self.bos_token_id, self.eos_token_id) if t is not None})
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "InsNextConfig":
+        """Return the configuration of a published size, "ours, size-matched": the paper prints no shapes.
+
+        Args:
+            name: `"base"` (154M) or `"advanced"` (573M).
+            **overrides: Fields to change.
+
+        Raises:
+            ValueError: If there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+__all__ = ["InsNextConfig"]

@@ -1,0 +1,308 @@
+"""Options of insertion decoding: the fields of `GenerationConfig` and nine more, every one checked.
+
+As everywhere in transformers a field left at None is not set: `merge_generation_configs` fills it from the model's
+own configuration, then from the defaults of GenerationConfig and `INSERTION_DEFAULTS`. So an explicit `ebr=False`
+overrules a checkpoint that sets `ebr=True`, and a field that nobody set has its default.
+"""
+
+import copy
+import difflib
+import math
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from transformers import GenerationConfig
+
+
+INSERTION_DEFAULTS = {
+    "left_to_right": False,
+    "ebr": False,
+    "ebr_ratio": 1.0,
+    "ebr_window": None,
+    "parallel_slots": 1,
+    "slot_window": None,
+    "slot_temperature": 1.0,
+    "slot_top_p": 1.0,
+    "seed": None,
+}
+
+ASSISTED = "assisted decoding guesses the next tokens on the right; use parallel_slots"
+STOPS = "a text ends when STOP is chosen, not with a token; use min_new_tokens, max_new_tokens or bounds of the gaps"
+FORCED = "no step is the first or the last of the text; use a canvas with the token as given text"
+GIVEN = "given words are kept by construction; use canvas(keywords=...) or a text with marks"
+
+# option -> what to do instead; the neutral values are those of GenerationConfig and NEUTRAL
+MEANINGLESS = {
+    "is_assistant": ASSISTED,
+    "use_mtp": ASSISTED,
+    "num_assistant_tokens": ASSISTED,
+    "num_assistant_tokens_schedule": ASSISTED,
+    "assistant_confidence_threshold": ASSISTED,
+    "assistant_early_exit": ASSISTED,
+    "assistant_ensemble_weight": ASSISTED,
+    "assistant_lookbehind": ASSISTED,
+    "target_lookbehind": ASSISTED,
+    "prompt_lookup_num_tokens": ASSISTED,
+    "max_matching_ngram_size": ASSISTED,
+    "speculation_type": ASSISTED,
+    "constraints": GIVEN,
+    "force_words_ids": GIVEN,
+    "token_healing": 'glue the mark to the word, as in "un___able"',
+    "forced_bos_token_id": FORCED,
+    "forced_eos_token_id": FORCED,
+    "begin_suppress_tokens": "no step is the first of the text; use suppress_tokens",
+    "min_length": STOPS,
+    "exponential_decay_length_penalty": STOPS,
+    "stop_strings": "the text does not grow at its end; use stopping_criteria",
+    "guidance_scale": "there is no prompt to leave out; use temperature",
+    "num_beam_groups": "use num_beams",
+    "diversity_penalty": "use num_return_sequences with do_sample=True",
+    "penalty_alpha": "use repetition_penalty",
+    "dola_layers": "use repetition_penalty",
+    "low_memory": "use ebr=False, which keeps one cache",
+    "encoder_no_repeat_ngram_size": "there is no encoder; use no_repeat_ngram_size",
+    "encoder_repetition_penalty": "there is no encoder; use repetition_penalty",
+    "decoder_start_token_id": "there is no decoder start; use a canvas, which starts with BOS",
+    "watermarking_config": "its key is the token on the left, which a later insertion changes; use left_to_right=True",
+    "prefill_chunk_size": "the given text is one block; use a shorter one",
+    "cache_config": 'use cache_implementation="dynamic" or "static"',
+    "use_cache": "use ebr=True, ebr_ratio=0, which encodes the text anew at every step",
+}
+NEUTRAL = {
+    "is_assistant": False,
+    "use_mtp": False,
+    "token_healing": False,
+    "low_memory": False,
+    "guidance_scale": 1.0,
+}
+INSERTION_CACHES = (None, "dynamic", "static")
+
+
+def check_generation_kwargs(kwargs: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """Refuse keyword arguments of `generate` that nothing reads.
+
+    Args:
+        kwargs: Keyword arguments as the user wrote them.
+        allowed: Names that something reads.
+
+    Raises:
+        ValueError: If a name is not allowed; the message proposes the nearest one that is.
+    """
+    unknown = [name for name in kwargs if name not in allowed]
+    if unknown:
+        raise ValueError(
+            "; ".join(f"unknown generation option {name!r}{_suggestion(name, allowed)}" for name in unknown)
+        )
+
+
+def merge_generation_configs(
+    model_config: "InsertionGenerationConfig",
+    user_config: GenerationConfig | None = None,
+    **kwargs,
+) -> tuple["InsertionGenerationConfig", dict[str, Any]]:
+    """Return the options of one `generate` call and the keyword arguments that are not options.
+
+    A keyword argument overrules `user_config`, that overrules `model_config`, that overrules the defaults.
+
+    Args:
+        model_config: The model's own `generation_config`; not changed.
+        user_config: What the user passed as `generation_config`, of this class or a plain `GenerationConfig`.
+        kwargs: Everything else passed to `generate`.
+
+    Raises:
+        ValueError: If an option has a bad value or `user_config` carries an option that does not exist.
+    """
+    config = copy.deepcopy(model_config)
+    user_options = {}
+    if user_config is not None:
+        user_options = {name: value for name, value in user_config.to_dict().items() if not _is_metadata(name)}
+        check_generation_kwargs(user_options, config.option_names())
+    for name, value in config._get_default_generation_params().items():
+        if getattr(config, name, None) is None and user_options.get(name) is None:
+            setattr(config, name, value)
+    options = {name: value for name, value in user_options.items() if value is not None}
+    rest = config.update(**{**options, **kwargs})
+    return config, rest
+
+
+class InsertionGenerationConfig(GenerationConfig):
+    """Options of `generate` for a model that writes by insertion. Values in brackets hold where nobody set one.
+
+    Args:
+        left_to_right: Write to the right only, with the decoding loops of transformers (False).
+        ebr: Encode the text anew, as one block, whenever it has outgrown its last encoding (False).
+        ebr_ratio: EBR strikes when more than `ebr_ratio` times the tokens encoded together were written since;
+            0 encodes anew at every step (1.0).
+        ebr_window: EBR encodes only the last `ebr_window` entries anew, over the untouched older ones (None: all).
+        parallel_slots: Number of slots that one step writes into, at most one token each (1).
+        slot_window: Write only into slots next to the last `slot_window` insertions (None: every open slot).
+        slot_temperature: Divides the logits of the slots when `do_sample` (1.0).
+        slot_top_p: Nucleus of the slots when `do_sample` (1.0).
+        seed: Seed of the sampling, one for all rows or a list with one for each row (None: the global generator).
+        kwargs: Fields of `GenerationConfig`.
+
+    Raises:
+        ValueError: If an option does not exist or has a bad value.
+    """
+
+    def __init__(
+        self,
+        left_to_right: bool | None = None,
+        ebr: bool | None = None,
+        ebr_ratio: float | None = None,
+        ebr_window: int | None = None,
+        parallel_slots: int | None = None,
+        slot_window: int | None = None,
+        slot_temperature: float | None = None,
+        slot_top_p: float | None = None,
+        seed: int | list[int] | None = None,
+        **kwargs,
+    ):
+        options = {name: value for name, value in kwargs.items() if not _is_metadata(name)}
+        check_generation_kwargs(options, {*vars(GenerationConfig()), *INSERTION_DEFAULTS})
+        # set before super().__init__, which ends by calling validate
+        self.left_to_right = left_to_right
+        self.ebr = ebr
+        self.ebr_ratio = ebr_ratio
+        self.ebr_window = ebr_window
+        self.parallel_slots = parallel_slots
+        self.slot_window = slot_window
+        self.slot_temperature = slot_temperature
+        self.slot_top_p = slot_top_p
+        self.seed = seed
+        # not True, which would make GenerationConfig drop fields when the saved file is loaded
+        super().__init__(**options, _from_model_config=False, transformers_version=kwargs.get("transformers_version"))
+
+    @classmethod
+    def option_names(cls) -> set[str]:
+        """Return the names of all options."""
+        return {name for name in vars(cls()) if not _is_metadata(name)}
+
+    @staticmethod
+    def _get_default_generation_params() -> dict[str, Any]:
+        return {**GenerationConfig._get_default_generation_params(), **INSERTION_DEFAULTS}
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "InsertionGenerationConfig":
+        """Return a configuration with the special tokens of `model_config`, an object or a dictionary."""
+        values = model_config if isinstance(model_config, dict) else model_config.to_dict()
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return cls(**{name: values[name] for name in names if values.get(name) is not None})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Return the configuration of `config_dict` with `kwargs` over it, and the rest if `return_unused_kwargs`.
+
+        Raises:
+            ValueError: If a name in `config_dict` is no option, or one in `kwargs` without `return_unused_kwargs`.
+        """
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        for name in ("_from_auto", "_from_pipeline"):
+            kwargs.pop(name, None)
+        names = cls.option_names()
+        unused = {name: value for name, value in kwargs.items() if name not in names and not _is_metadata(name)}
+        if not return_unused:
+            check_generation_kwargs(unused, names)
+        config = cls(**{**config_dict, **{name: value for name, value in kwargs.items() if name not in unused}})
+        return (config, unused) if return_unused else config
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the fields that are set, which is what `save_pretrained` writes."""
+        return {
+            name: value
+            for name, value in super().to_diff_dict().items()
+            if name not in INSERTION_DEFAULTS or value is not None
+        }
+
+    def validate(self, *args, **kwargs) -> None:
+        """Check every option, then those of `GenerationConfig`.
+
+        Raises:
+            ValueError: If an option has a bad value, or two contradict each other.
+        """
+        for name in ("left_to_right", "ebr"):
+            _check(name, getattr(self, name), "True or False", lambda value: isinstance(value, bool))
+        for name in ("ebr_window", "parallel_slots", "slot_window", "num_beams", "num_return_sequences"):
+            _check(name, getattr(self, name), "an integer of at least 1", lambda value: _is_int(value) and value >= 1)
+        for name in ("top_k", "min_new_tokens"):
+            _check(name, getattr(self, name), "an integer of at least 0", lambda value: _is_int(value) and value >= 0)
+        _check(
+            "ebr_ratio", self.ebr_ratio, "a finite number of at least 0", lambda value: _is_real(value) and value >= 0
+        )
+        for name in ("temperature", "slot_temperature"):
+            _check(name, getattr(self, name), "a finite number above 0", lambda value: _is_real(value) and value > 0)
+        for name in ("top_p", "slot_top_p"):
+            _check(name, getattr(self, name), "in (0, 1]", lambda value: _is_real(value) and 0 < value <= 1)
+        _check("seed", self.seed, "an integer of at least 0 or a list of them, one a row", _is_seed)
+        if (self.num_beams or 1) > 1 and (self.parallel_slots or 1) > 1:
+            raise ValueError(
+                "beams compare texts that grow by one token a step: num_beams > 1 needs parallel_slots=1, got "
+                f"num_beams={self.num_beams} and parallel_slots={self.parallel_slots}"
+            )
+        if self.max_new_tokens is not None and (self.min_new_tokens or 0) > self.max_new_tokens:
+            raise ValueError(
+                "min_new_tokens must not exceed max_new_tokens, got "
+                f"min_new_tokens={self.min_new_tokens} and max_new_tokens={self.max_new_tokens}"
+            )
+        super().validate(*args, **kwargs)
+
+    def validate_for_insertion(self) -> None:
+        """Refuse options of `GenerationConfig` that mean nothing when a token may go anywhere in the text.
+
+        Raises:
+            ValueError: If one of them is set to something else than its neutral value.
+        """
+        neutral = {**GenerationConfig._get_default_generation_params(), **NEUTRAL}
+        for name, instead in MEANINGLESS.items():
+            value = getattr(self, name, None)
+            if value is not None and value != neutral.get(name):
+                raise ValueError(f"{name}={value!r} has no meaning when text is inserted: {instead}")
+        if self.cache_implementation not in INSERTION_CACHES:
+            raise ValueError(
+                'cache_implementation must be "dynamic" or "static" when text is inserted, '
+                f"got {self.cache_implementation!r}"
+            )
+
+    def validate_for_left_to_right(self, options: Collection[str] = ()) -> None:
+        """Refuse insertion options that mean nothing left to right.
+
+        Args:
+            options: Names the user passed to this call; a checkpoint's own settings do not count.
+
+        Raises:
+            ValueError: If one of `options` is an insertion option that is set to something else than its default.
+        """
+        for name, default in INSERTION_DEFAULTS.items():
+            value = getattr(self, name)
+            if name != "left_to_right" and name in options and value is not None and value != default:
+                raise ValueError(f"{name}={value!r} has no meaning left to right; drop it or use left_to_right=False")
+
+
+def _is_metadata(name: str) -> bool:
+    return name.startswith("_") or name == "transformers_version"
+
+
+def _suggestion(name: str, allowed: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(allowed), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _check(name: str, value: Any, rule: str, holds) -> None:
+    if value is not None and not holds(value):
+        raise ValueError(f"{name} must be {rule}, got {value!r}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_seed(value: Any) -> bool:
+    seeds = value if isinstance(value, (list, tuple)) else [value]
+    return len(seeds) > 0 and all(_is_int(seed) and 0 <= seed < 2**63 for seed in seeds)
+
+
+__all__ = ["InsertionGenerationConfig", "check_generation_kwargs", "merge_generation_configs"]

@@ -1,0 +1,242 @@
+"""`generate` for models that write by insertion: the options, the sampling loop, and what comes out.
+
+A step chooses a slot (or STOP) from the state, then a token in that slot, writes it, and encodes that one token. Given
+tokens are never touched, so whatever a canvas holds survives, in order. Left to right (`left_to_right=True`) the
+decoding loops of Transformers run unchanged.
+
+Sources: sequential and parallel insertion, InsNet (arXiv:2102.11008); EBR, InsNeXt (OpenReview moqBBpMZ8w).
+"""
+
+import torch
+from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import MaxTimeCriteria
+
+from .beam_insnext import beam_search
+from .canvas_insnext import build_canvas, canvas_from_ids, validate_canvas
+from .decoding_insnext import InsertionGenerateOutput
+from .draft_insnext import Draft
+from .generation_configuration_insnext import (
+    InsertionGenerationConfig,
+    check_generation_kwargs,
+    merge_generation_configs,
+)
+from .sampling_insnext import insert
+from .slots_insnext import token_logits
+
+
+CANVAS_FIELDS = (
+    "input_ids",
+    "attention_mask",
+    "slot_mask",
+    "gap_ids",
+    "min_gap_tokens",
+    "max_gap_tokens",
+    "word_end_mask",
+    "continuation_mask",
+)
+ONLY_LEFT_TO_RIGHT = ("assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
+
+
+class InsertionGenerationMixin(GenerationMixin):
+    """Adds `canvas` and an inserting `generate` to a model."""
+
+    def adjust_generation_fn(
+        self,
+        generation_config,
+        from_auto_class,
+        from_pipeline,
+        pretrained_model_name_or_path,
+        cache_dir,
+        force_download,
+        proxies,
+        local_files_only,
+        token,
+        revision,
+        subfolder,
+        trust_remote_code,
+        **kwargs,
+    ):
+        """Load generation_config.json as an `InsertionGenerationConfig`; Transformers would load a plain one."""
+        config_class = self.generation_config_class
+        if generation_config is not None:
+            self.generation_config = config_class.from_dict(generation_config.to_dict())
+        elif pretrained_model_name_or_path is not None:
+            try:
+                self.generation_config = config_class.from_pretrained(
+                    pretrained_model_name_or_path,
+                    cache_dir=cache_dir,
+                    force_download=force_download,
+                    proxies=proxies,
+                    local_files_only=local_files_only,
+                    token=token,
+                    revision=revision,
+                    subfolder=subfolder,
+                )
+            except OSError:
+                self.generation_config = config_class.from_model_config(self.config)
+
+    def _prepare_generation_config(self, generation_config, **kwargs):
+        """Merge options the way Transformers does, without losing those of insertion."""
+        config, rest = merge_generation_configs(self.generation_config, generation_config, **kwargs)
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(config, name):
+                rest[name] = True
+        return config, rest
+
+    def canvas(self, tokenizer, text=None, keywords=None, **options):
+        """Return the canvas of a text with marks, or of keywords: what `generate(**canvas)` fills.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            text: One text or a batch; gaps open at the marks only, `___` by default. `___{2,5}` bounds the tokens of a
+                gap.
+            keywords: Words or phrases, a list or a batch of lists. Phrases stay whole, gaps open around them.
+            **options: `gap`, `min_gap_tokens`, `max_gap_tokens`, `ordered`; see `canvas_insnext.build_canvas`. With
+                `ordered=False` the model chooses the order of the keywords: each goes where its beginning is
+                likeliest.
+
+        Raises:
+            ValueError: If text or keywords are empty, bounds contradict each other, or the vocabularies do not match.
+        """
+
+        def order(phrases):
+            return self._likeliest_order(tokenizer.bos_token_id, phrases)
+
+        return build_canvas(
+            tokenizer,
+            text,
+            keywords,
+            order_phrases=order,
+            vocab_size=self.config.vocab_size,
+            device=self.device,
+            **options,
+        )
+
+    @torch.no_grad()
+    def _likeliest_order(self, bos: int, phrases: list[list[int]]) -> list[int]:
+        """Return an order of phrases: each in turn goes to where p(slot) p(first token | slot) is largest."""
+        order = []
+        for new, phrase in enumerate(phrases):
+            ids = [bos] + [token for index in order for token in phrases[index]]
+            ends = torch.tensor([0] + [len(phrases[index]) for index in order], device=self.device).cumsum(0)
+            draft = Draft(self, canvas_from_ids(torch.tensor([ids], device=self.device)), len(ids) + 1)
+            allowed = torch.zeros(1, len(ids), dtype=torch.bool, device=self.device)
+            allowed[0, ends] = True
+            scores = draft.slot_scores(allowed, may_stop=torch.zeros_like(allowed[:, 0])).log_softmax(1)[0, ends]
+            states = self.slot_head.token_state(draft.slots[0, ends], draft.state)
+            tokens = token_logits(states, self.lm_head, self.config.never_inserted).log_softmax(1)[:, phrase[0]]
+            order.insert(int((scores + tokens).argmax()), new)
+        return order
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config=None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn=None,
+        synced_gpus: bool | None = None,
+        streamer=None,
+        **kwargs,
+    ):
+        """Write into the open slots of a canvas; without one, continue a prompt to its right by insertion.
+
+        Args:
+            inputs: Token ids `[B, T]`, the same as `input_ids`.
+            generation_config: Options, an `InsertionGenerationConfig` or a plain one; keyword arguments overrule it.
+            logits_processor: More processors of the token scores. They see the text right of the slot, then left of
+                it, so that the last token is the slot's left neighbour.
+            stopping_criteria: More criteria; they see the texts so far, left to right, padded on the right.
+            prefix_allowed_tokens_fn: As in Transformers, on what the processors see.
+            synced_gpus: As in Transformers, for `left_to_right=True`.
+            streamer: `put_draft` (`TextDiffusionStreamer`) shows every state of the text; others get the finished
+                text.
+            **kwargs: The canvas (`input_ids`, `attention_mask`, `slot_mask`, ...) and options, see
+                :class:`InsertionGenerationConfig`.
+
+        Returns:
+            The texts, `[B, T']`, or an :class:`InsertionGenerateOutput` with `return_dict_in_generate=True`.
+
+        Raises:
+            ValueError: If an option does not exist or has no meaning here, or the canvas breaks a rule; before any
+                work.
+        """
+        config, rest = merge_generation_configs(self.generation_config, generation_config, **kwargs)
+        if config.left_to_right:
+            config.validate_for_left_to_right(kwargs.keys())
+            return super().generate(
+                inputs,
+                generation_config=generation_config,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                synced_gpus=synced_gpus,
+                streamer=streamer,
+                **kwargs,
+            )
+        for name in ONLY_LEFT_TO_RIGHT:
+            if rest.pop(name, None) is not None:
+                raise ValueError(f"{name} needs left_to_right=True")
+        check_generation_kwargs(rest, {*CANVAS_FIELDS, *config.option_names()})
+        config.validate_for_insertion()
+        canvas = self._checked_canvas(inputs, rest, config)
+        processors = self._token_processors(config, logits_processor, prefix_allowed_tokens_fn, canvas)
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if config.max_time is not None:
+            criteria.append(MaxTimeCriteria(config.max_time))
+        if config.num_beams > 1:
+            output = beam_search(self, canvas, config, processors, criteria, streamer)
+        else:
+            output = insert(self, canvas, config, processors, criteria, streamer)
+        if streamer is not None:
+            streamer.put(output.sequences.cpu())
+            streamer.end()
+        return output if config.return_dict_in_generate else output.sequences
+
+    def _checked_canvas(self, inputs, fields, config):
+        if (inputs is None) == (fields.get("input_ids") is None):
+            raise ValueError("exactly one of inputs and input_ids must be given")
+        fields = {name: value for name, value in fields.items() if value is not None}
+        fields.setdefault("input_ids", inputs)
+        canvas = canvas_from_ids(**fields)
+        limit = self.config.max_position_embeddings
+        given = int(canvas["attention_mask"].sum(1).max())
+        if config.max_new_tokens is None:
+            # as in Transformers, the default of max_length counts new tokens
+            default = config._get_default_generation_params()["max_length"]
+            config.max_new_tokens = default if config.max_length in (None, default) else config.max_length - given
+        if config.max_new_tokens < 0:
+            raise ValueError(f"max_length must leave room for the {given} given tokens, got {config.max_length}")
+        validate_canvas(canvas, self.config.vocab_size, config.max_new_tokens, limit)
+        canvas.setdefault("continuation_mask", torch.zeros(self.config.vocab_size, dtype=torch.bool))
+        canvas = {name: tensor.to(self.device) for name, tensor in canvas.items()}
+        repeats = config.num_return_sequences if config.num_beams == 1 else 1
+        if repeats > 1 and not config.do_sample:
+            raise ValueError(
+                f"num_return_sequences={repeats} needs do_sample=True or num_beams > 1, greedy texts are all the same"
+            )
+        return {
+            name: tensor if name == "continuation_mask" else tensor.repeat_interleave(repeats, 0)
+            for name, tensor in canvas.items()
+        }
+
+    def _token_processors(self, config, processors, prefix_allowed_tokens_fn, canvas):
+        """Return Transformers' own processors for these options, without those that speak of EOS."""
+        plain = InsertionGenerationConfig(**{
+            name: value
+            for name, value in config.to_dict().items()
+            if name in config.option_names() and name not in ("min_new_tokens", "min_length") and value is not None
+        })  # fmt: skip
+        self._prepare_special_tokens(plain, kwargs_has_attention_mask=True, device=self.device)
+        return self._get_logits_processor(
+            plain,
+            input_ids_seq_length=canvas["input_ids"].shape[1],
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            logits_processor=LogitsProcessorList(processors or []),
+            device=self.device,
+            model_kwargs={},
+        )
+
+
+__all__ = ["InsertionGenerateOutput", "InsertionGenerationMixin"]

@@ -1,0 +1,526 @@
+"""PyTorch InsNeXt: a transformer that writes text by insertion, one exact cached step a token.
+
+Shape suffixes: B rows, Q new tokens, K keys (cached and new), N tokens of an insertion sequence, T of a text, D hidden
+size, V vocabulary size. Notation, intervals and offsets: attention_insnext. Slots, STOP and the losses: slots_insnext.
+
+A block is h + Attention(RMSNorm(h)), then h + SwiGLU(RMSNorm(h)), without biases (`norm="deepnorm"`: RMSNorm(a h +
+f(h))).
+
+Sources: InsNet (arXiv:2102.11008), InsNeXt (OpenReview moqBBpMZ8w), ALiBi (arXiv:2108.12409), DeepNorm
+(arXiv:2203.00555), XLNet's relative sinusoids (arXiv:1906.08237).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    MultipleChoiceModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .attention_insnext import (
+    Interval,
+    alibi_slopes,
+    build_interval,
+    insertion_offsets,
+    interval_backend,
+    visible_keys,
+)
+from .cache_insnext import InsertionCache
+from .configuration_insnext import InsNextConfig
+from .generation_configuration_insnext import InsertionGenerationConfig
+from .generation_insnext import InsertionGenerationMixin
+from .scoring_insnext import InsertionScoringMixin
+from .slots_insnext import InsNextSlotHead, Supervision, insertion_losses, mean_losses, token_logits
+
+
+AUTO_MAP = {
+    "AutoModel": "modeling_insnext.InsNextModel",
+    "AutoModelForCausalLM": "modeling_insnext.InsNextForInsertionLM",
+    "AutoModelForMultipleChoice": "modeling_insnext.InsNextForMultipleChoice",
+    "AutoModelForSequenceClassification": "modeling_insnext.InsNextForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_insnext.InsNextForTokenClassification",
+}
+
+
+class InsNextAttention(nn.Module):
+    """Grouped-query attention over intervals. With `sinusoidal` it adds (q + v) . W_r R(offset), the InsNet form."""
+
+    def __init__(self, config: InsNextConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        D, kv_width = config.hidden_size, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, kv_width, bias=False)
+        self.v_proj = nn.Linear(D, kv_width, bias=False)
+        self.o_proj = nn.Linear(D, D, bias=False)
+        if config.position_encoding == "sinusoidal":
+            self.r_proj = nn.Linear(D, D, bias=False)
+            self.content_bias = nn.Parameter(torch.zeros(config.num_attention_heads, 1, self.head_dim))
+            self.offset_bias = nn.Parameter(torch.zeros(config.num_attention_heads, 1, self.head_dim))
+
+    def forward(self, hidden_states, attention_mask, past_key_values: Cache | None = None, **kwargs):
+        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        if self.config.position_encoding == "sinusoidal":
+            attention_mask = self.offset_scores(query + self.offset_bias, *attention_mask)
+            query = query + self.content_bias
+        implementation = self.config._attn_implementation
+        attend = interval_backend(implementation).attend or ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
+        out, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+        )
+        return self.o_proj(out.reshape(hidden_states.shape)), weights
+
+    def offset_scores(self, query_BHQD, offsets_BQK, visible_BQK):
+        """Return the additive mask (q . W_r R(offset)) / sqrt(D), `-inf` on invisible keys."""
+        K, D = offsets_BQK.shape[-1], self.config.hidden_size
+        distance = torch.arange(-K, K + 1, device=query_BHQD.device, dtype=torch.float32)
+        rate = 10000 ** (-torch.arange(0, D, 2, device=query_BHQD.device, dtype=torch.float32) / D)
+        angle = distance[:, None] * rate
+        table = torch.cat([angle.sin(), angle.cos()], 1)[:, :D].to(query_BHQD.dtype)
+        table = self.r_proj(table).view(2 * K + 1, -1, self.head_dim).permute(1, 2, 0)
+        scores = query_BHQD @ table * self.scaling
+        index = (offsets_BQK + K)[:, None].expand(-1, scores.shape[1], -1, -1)
+        return scores.gather(3, index).masked_fill(~visible_BQK[:, None], -torch.inf)
+
+
+class InsNextMLP(nn.Module):
+    def __init__(self, config: InsNextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN["silu"]
+
+    def forward(self, hidden_states):
+        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+
+
+class InsNextBlock(GradientCheckpointingLayer):
+    def __init__(self, config: InsNextConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = InsNextAttention(config, layer_idx)
+        self.mlp = InsNextMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_norm = config.norm == "deepnorm"
+        self.residual_scale = (2 * config.num_hidden_layers) ** 0.25
+
+    def forward(self, hidden_states, attention_mask, past_key_values=None, **kwargs):
+        if self.post_norm:
+            attended, _ = self.self_attn(hidden_states, attention_mask, past_key_values)
+            hidden_states = self.input_layernorm(self.residual_scale * hidden_states + attended)
+            return self.post_attention_layernorm(self.residual_scale * hidden_states + self.mlp(hidden_states))
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, past_key_values)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class InsNextPreTrainedModel(PreTrainedModel):
+    config: InsNextConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["InsNextBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = False
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": InsNextBlock, "attentions": InsNextAttention}
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save weights, configuration and code: a folder for every Auto class with `trust_remote_code=True`."""
+        self.config.auto_map = {"AutoConfig": "configuration_insnext.InsNextConfig", **AUTO_MAP}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, InsNextSlotHead):
+            init.normal_(module.edge, std=std)
+            init.normal_(module.stop_key, std=std)
+        elif isinstance(module, InsNextAttention) and self.config.position_encoding == "sinusoidal":
+            init.zeros_(module.content_bias)
+            init.zeros_(module.offset_bias)
+        elif isinstance(module, InsNextBlock) and module.post_norm:
+            gain = (8 * self.config.num_hidden_layers) ** -0.25
+            attention, mlp = module.self_attn, module.mlp
+            for linear in (attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+                init.normal_(linear.weight, std=std * gain)
+
+
+class InsNextModel(InsNextPreTrainedModel):
+    """The encoder. Alone it reads its whole input as given text: every token sees every token of its row."""
+
+    def __init__(self, config: InsNextConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList([InsNextBlock(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        positions: torch.LongTensor | None = None,
+        context_length: int | torch.LongTensor | None = None,
+        start: torch.LongTensor | None = None,
+        horizon: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        is_causal: bool = False,
+        interval: Interval | None = None,
+        advance_cache: bool = True,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Encode tokens that stand in insertion order.
+
+        Args:
+            input_ids: Token ids `[B, Q]`, in insertion order.
+            attention_mask: 1 on tokens, 0 on padding, `[B, K]`, ones contiguous; with an `InsertionCache` `[B, Q]`,
+                for the new tokens alone, padded on the right.
+            positions: Integers `[B, K]` whose order is the text's order, for cached and new tokens; `None`: as stored.
+            context_length: Number c of leading tokens that see one another, an integer or `[B]`; the others see what
+                came before them. Excludes `horizon`.
+            start: First visible key of each new token `[B, Q]`.
+            horizon: Last visible key of each new token `[B, Q]`; by default the last token of the row.
+            past_key_values: An `InsertionCache`, or any cache of Transformers for rows that grow alike.
+            inputs_embeds: Embeddings `[B, Q, D]` in the place of `input_ids`.
+            use_cache: Whether to make a cache where none is given (with `is_causal` only).
+            is_causal: Whether the default horizon is the token itself.
+            interval: Who sees whom, in the place of all arguments that say so, for callers that have checked their
+                input.
+            advance_cache: Whether to count the new tokens in an `InsertionCache`.
+
+        Raises:
+            ValueError: If ids lie outside the vocabulary, the text is longer than `max_position_embeddings`, a horizon
+                lies below its query, positions of a text are tied, or the mask has holes.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+        device = (input_ids if inputs_embeds is None else inputs_embeds).device
+        if use_cache and is_causal and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if interval is None:
+            interval = self.checked_interval(
+                input_ids, shape, device, attention_mask, positions, context_length, start, horizon, past_key_values,
+                is_causal,
+            )  # fmt: skip
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        prepared = self._prepare(interval, hidden_states)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=prepared, past_key_values=past_key_values)
+        if advance_cache and isinstance(past_key_values, InsertionCache):
+            past_key_values.advance(shape[1], None if attention_mask is None else attention_mask.long().sum(1))
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def checked_interval(self, input_ids, *arguments) -> Interval:
+        """Return `build_interval(*arguments)` once ids, length, mask, horizons and positions have been checked."""
+        if input_ids is not None and input_ids.numel() and not torch.compiler.is_compiling():
+            low, high, size = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
+            if low < 0 or high >= size:
+                raise ValueError(f"ids must be in the model's vocabulary [0, {size}), got {low if low < 0 else high}")
+        interval = build_interval(*arguments)
+        length, limit = interval.positions_BK.shape[1], self.config.max_position_embeddings
+        if length > limit:
+            raise ValueError(f"a text holds at most max_position_embeddings={limit} tokens, got {length}")
+        return interval
+
+    def _prepare(self, interval: Interval, hidden_states: torch.Tensor):
+        name = self.config._attn_implementation
+        if self.config.position_encoding == "sinusoidal":
+            if name not in ("eager", "sdpa"):
+                raise ValueError(
+                    f'position_encoding="sinusoidal" needs attn_implementation eager or sdpa, got {name!r}'
+                )
+            return insertion_offsets(interval), visible_keys(interval)
+        slopes = alibi_slopes(self.config.num_attention_heads, self.config.alibi_slope_ratio, hidden_states.device)
+        return interval_backend(name).prepare(interval, slopes, hidden_states.dtype)
+
+
+@dataclass
+class InsNextLMOutput(ModelOutput):
+    """Output of :class:`InsNextForInsertionLM`.
+
+    Attributes:
+        loss: Position and token loss, nats per inserted token (left to right: nats per token).
+        logits: Log-probabilities `[B, T, V]` of the next token to the right, STOP in the EOS column; only left to
+            right.
+        past_key_values: The cache, if one was used.
+        hidden_states: Of every layer, if asked for.
+        attentions: Of every layer, if asked for.
+        position_loss: -log p(slot or STOP) per inserted token, unweighted, without gradient.
+        token_loss: -log p(token | slot) per inserted token, unweighted, without gradient.
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    position_loss: torch.FloatTensor | None = None
+    token_loss: torch.FloatTensor | None = None
+
+
+class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, InsertionScoringMixin):
+    """InsNeXt with slots: writes text by insertion; left to right it is an ordinary causal language model."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    generation_config_class = InsertionGenerationConfig
+
+    def __init__(self, config: InsNextConfig):
+        super().__init__(config)
+        self.model = InsNextModel(config)
+        self.slot_head = InsNextSlotHead(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        positions: torch.LongTensor | None = None,
+        context_length: int | torch.LongTensor | None = None,
+        start: torch.LongTensor | None = None,
+        horizon: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        stop_targets: torch.BoolTensor | None = None,
+        target_kinds: torch.LongTensor | None = None,
+        unit_starts: torch.BoolTensor | None = None,
+        step_weights: torch.FloatTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> InsNextLMOutput:
+        """Score one whole insertion sequence a row in one pass, or, without `positions`, text from left to right.
+
+        Args:
+            input_ids: Token ids `[B, N]`, in insertion order.
+            attention_mask: 1 on tokens, 0 on padding.
+            positions: Integers `[B, N]` whose order is the text's order. `None`: a causal language model from left to
+                right.
+            context_length: Number of leading tokens that are given, an integer or `[B]`.
+            start: First token of each token's text `[B, N]`, for several texts packed in a row.
+            horizon: Last token encoded together with each token `[B, N]`; excludes `context_length`.
+            labels: Which tokens are trained on, `[B, N]`: `input_ids`, or -100 to leave one out. Left to right as in
+                any causal language model; EOS there is STOP.
+            stop_targets: True at the last token of a text that really ends there, `[B, N]`; by default at every
+                text's.
+            target_kinds: How the place of each token is supervised, `[B, N]`: 0 by its slot, 1 by the number of units
+                missing in every slot, 2 by every slot with something missing alike.
+            unit_starts: True at the first token of a unit (a word), `[B, N]`; needed for kinds 1 and 2.
+            step_weights: Weight of each token's loss `[B, N]`, 1 by default.
+            past_key_values: A cache; see :class:`InsNextModel`.
+            inputs_embeds: Embeddings in the place of `input_ids`.
+            use_cache: Whether to return a cache.
+            logits_to_keep: Left to right: how many last positions get logits (0 all), or which.
+            num_items_in_batch: Divisor of the loss; by default the number of supervised tokens.
+
+        Raises:
+            ValueError: See :class:`InsNextModel`; also if training fields come without `positions`, or a label is
+                structure.
+        """
+        left_to_right = positions is None
+        if left_to_right and any(x is not None for x in (stop_targets, target_kinds, unit_starts, step_weights)):
+            raise ValueError("stop_targets, target_kinds, unit_starts and step_weights need positions, got None")
+        shape, device = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2], self.device
+        interval = self.model.checked_interval(
+            input_ids, shape, device, attention_mask, positions, context_length, start, horizon, past_key_values, True
+        )
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache if left_to_right else False,
+            is_causal=True,
+            interval=interval,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss = logits = position = token = None
+        if left_to_right:
+            logits = self._left_to_right_logits(hidden, logits_to_keep)
+            if labels is not None:
+                loss = self._left_to_right_loss(logits, labels, num_items_in_batch)
+        elif labels is not None:
+            supervision = Supervision(labels, stop_targets, target_kinds, unit_starts, step_weights)
+            losses = insertion_losses(
+                self.slot_head, self.lm_head, self.config.never_inserted, hidden, input_ids, interval, supervision
+            )
+            loss, position, token = mean_losses(losses, interval.start_BQ, step_weights, num_items_in_batch)
+        return InsNextLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            position_loss=position,
+            token_loss=token,
+        )
+
+    def _left_to_right_logits(self, hidden, logits_to_keep):
+        """Return log-probabilities `[B, T, V]`: STOP or the rightmost slot, times the token in it."""
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        hidden = hidden[:, kept]
+        head = self.slot_head
+        slot = head.left_proj(hidden) + head.edge_side()
+        query = head.query_proj(hidden)
+        slot_logit = head.position_logits(query[..., None, :], head.key_proj(slot)[..., None, :])[..., 0, 0]
+        stop_logit = head.stop_logit(query)
+        logits = token_logits(head.token_state(slot, hidden), self.lm_head, self.config.never_inserted)
+        log_p = logits.log_softmax(-1) + nn.functional.logsigmoid(slot_logit - stop_logit)[..., None]
+        eos = self.config.eos_token_id
+        if eos is not None:
+            is_eos = torch.arange(self.config.vocab_size, device=log_p.device) == eos
+            log_p = torch.where(is_eos, nn.functional.logsigmoid(stop_logit - slot_logit)[..., None], log_p)
+        return log_p
+
+    def _left_to_right_loss(self, log_p, labels, num_items):
+        structure = [token for token in self.config.never_inserted if token != self.config.eos_token_id]
+        target = labels[:, 1:]
+        if not torch.compiler.is_compiling() and structure:
+            wrong = torch.isin(target, torch.tensor(structure, device=target.device))
+            if wrong.any():
+                raise ValueError(
+                    f"ids {structure} are structure and have probability 0, got label {int(target[wrong][0])} at "
+                    f"{wrong.nonzero()[0].tolist()}; set it to -100"
+                )
+        loss = nn.functional.nll_loss(
+            log_p[:, :-1].flatten(0, 1), target.flatten().long(), ignore_index=-100, reduction="sum"
+        )
+        return loss / ((target != -100).sum().clamp_min(1) if num_items is None else num_items)
+
+
+def _state(hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Return the state of an encoded text, `[B, D]`: its last token's."""
+    if attention_mask is None:
+        return hidden_BTD[:, -1]
+    T = hidden_BTD.shape[1]
+    last_B = (attention_mask.long() * torch.arange(1, T + 1, device=attention_mask.device)).argmax(1)
+    return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
+
+
+class InsNextForSequenceClassification(InsNextPreTrainedModel):
+    """Class of a text, or with one label a number, read off the state of the whole text."""
+
+    def __init__(self, config: InsNextConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = InsNextModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs):
+        """Return logits `[B, num_labels]`; with labels `[B]` the loss that `config.problem_type` names."""
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(_state(outputs.last_hidden_state, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class InsNextForTokenClassification(InsNextPreTrainedModel):
+    """Class of every token, each read in the light of the whole text."""
+
+    def __init__(self, config: InsNextConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = InsNextModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs):
+        """Return logits `[B, T, num_labels]`; with labels `[B, T]` (-100: none) the mean cross-entropy."""
+        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config)
+        return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+class InsNextForMultipleChoice(InsNextPreTrainedModel):
+    """The best of C texts, each read as a whole: ids `[B, C, T]` to logits `[B, C]`."""
+
+    def __init__(self, config: InsNextConfig):
+        super().__init__(config)
+        self.model = InsNextModel(config)
+        self.score = nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs):
+        """Return logits `[B, C]`; with labels `[B]` the mean cross-entropy.
+
+        Raises:
+            ValueError: If `input_ids` is not `[B, C, T]`.
+        """
+        if input_ids is not None and input_ids.ndim != 3:
+            raise ValueError(f"multiple choice needs input_ids [B, C, T], got {list(input_ids.shape)}")
+        choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        flat_ids, flat_mask, flat_embeds = (
+            None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, inputs_embeds)
+        )
+        outputs = self.model(flat_ids, flat_mask, inputs_embeds=flat_embeds, **kwargs)
+        logits = self.score(_state(outputs.last_hidden_state, flat_mask)).view(-1, choices)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
+
+
+__all__ = [
+    "InsNextForInsertionLM",
+    "InsNextForMultipleChoice",
+    "InsNextForSequenceClassification",
+    "InsNextForTokenClassification",
+    "InsNextModel",
+    "InsNextPreTrainedModel",
+]

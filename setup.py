@@ -1,0 +1,44 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "modeling_insnext" / "__init__.py").read_text(), re.MULTILINE)[
+    1
+]
+
+PACKAGES = ["modeling_insnext", "modeling_insnext.insnext", "modeling_insnext.data"]
+PACKAGE_DIR = {"modeling_insnext": "modeling_insnext"}
+# the folder kernels/ itself is no package: one named `kernels` would shadow the library that transformers imports
+if (HERE / "kernels" / "insnext_kernels").is_dir():
+    PACKAGES += find_packages("kernels")
+    PACKAGE_DIR["insnext_kernels"] = "kernels/insnext_kernels"
+
+TRAIN = ["accelerate", "datasets", "evaluate", "matplotlib", "peft", "sacrebleu", "tqdm"]
+
+setup(
+    name="modeling-insnext",
+    version=VERSION,
+    description="Insertion language models for Hugging Face Transformers",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=PACKAGES,
+    package_dir=PACKAGE_DIR,
+    package_data={"modeling_insnext": ["py.typed"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "huggingface_hub>=1.31",
+        "numpy",
+        "safetensors",
+        "torch>=2.9",
+        "transformers>=5.17,<6",
+    ],
+    extras_require={
+        "train": TRAIN,
+        "triton": ["triton>=3.5; platform_system == 'Linux'"],
+        "test": [*TRAIN, "hypothesis", "pytest>=9", "pytest-xdist", "ruff"],
+    },
+)

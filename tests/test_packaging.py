@@ -1,0 +1,170 @@
+"""The tree as a package: what is installed, what is committed, and what the remote code may import."""
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import modeling_insnext
+
+
+ROOT = Path(__file__).parents[1]
+REMOTE_CODE = ROOT / "modeling_insnext" / "insnext"
+MAX_LINES = 600
+MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|opt|root|home|Users|mnt)/\w|\bshared/(?:data|reference|design)")
+DATA_SUFFIXES = (".jsonl", ".gz", ".npz", ".parquet", ".arrow", ".bin", ".pt", ".pkl")
+FOLLOWED_IMPORT = re.compile(r"^\s*from\s+\.(\S+)\s+import", re.MULTILINE)  # as transformers reads remote code
+
+
+def project_files() -> list[Path]:
+    """Files that are committed, or would be by `git add .`."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("needs a git checkout")
+    return [path for path in map(ROOT.joinpath, listed.stdout.splitlines()) if path.is_file()]
+
+
+def source_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def declared_packages() -> set[str]:
+    code = "import setuptools; setuptools.setup = lambda **options: print(*options['packages']); import setup"
+    listed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(listed.stdout.split())
+
+
+def packages_on_disk(root: Path) -> set[str]:
+    folders = [*root.glob("modeling_insnext/**/__init__.py"), *root.glob("kernels/insnext_kernels/**/__init__.py")]
+    names = (path.parent.relative_to(root).as_posix().removeprefix("kernels/") for path in folders)
+    return {name.replace("/", ".") for name in names}
+
+
+def test_every_folder_of_code_is_installed():
+    assert declared_packages() == packages_on_disk(ROOT)
+
+
+def test_a_folder_that_setup_forgets_is_noticed(tmp_path):
+    (tmp_path / "kernels" / "insnext_kernels" / "new").mkdir(parents=True)
+    (tmp_path / "kernels" / "insnext_kernels" / "new" / "__init__.py").touch()
+    assert packages_on_disk(tmp_path) == {"insnext_kernels.new"}
+    assert packages_on_disk(tmp_path) - declared_packages()
+
+
+def test_the_folder_kernels_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert "kernels" not in declared_packages()
+
+
+def test_the_version_stands_in_one_place():
+    assert modeling_insnext.__version__ == version("modeling-insnext")
+    assigned = re.compile(r"""^\s*(?:__)?version(?:__)?\s*=\s*["']\d""", re.MULTILINE)
+    assert assigned.search('[project]\nversion = "1.2"')
+    files = [path for path in project_files() if path.suffix in (".py", ".toml", ".cfg")]
+    assert [path for path in files if assigned.search(source_text(path))] == [ROOT / "modeling_insnext/__init__.py"]
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (Path(modeling_insnext.__file__).parent / "py.typed").exists()
+
+
+def test_no_machine_path_is_committed():
+    assert MACHINE_PATH.search("data = '/ho" + "me/me/corpus'")
+    assert not MACHINE_PATH.search("https://example.org/home/page and examples/checkpoints")
+    text_suffixes = (".py", ".md", ".toml", ".txt", ".json", ".cfg", ".yml", "")
+    for path in project_files():
+        if path.suffix in text_suffixes:
+            found = MACHINE_PATH.search(source_text(path))
+            assert not found, f"{path.relative_to(ROOT)} names a path of one machine: {found[0]}"
+
+
+def test_no_corpus_is_committed():
+    assert "corpus.jsonl.gz".endswith(DATA_SUFFIXES)
+    assert [path for path in project_files() if path.name.endswith(DATA_SUFFIXES)] == []
+
+
+def test_no_file_of_code_is_too_long():
+    lengths = {path: source_text(path).count("\n") for path in project_files() if path.suffix == ".py"}
+    assert Path(__file__) in lengths
+    assert {str(path): lines for path, lines in lengths.items() if lines > MAX_LINES} == {}
+
+
+def remote_code_faults(text: str, modules: set[str]) -> list[str]:
+    """Say what keeps a file from working as remote code, whose imports transformers finds by regular expression."""
+    tree = ast.parse(text)
+    tried = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+    allowed = {*sys.stdlib_module_names, "torch", "transformers"}
+    faults, relative = [], []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            relative.append(node.module or "")
+            if node.level > 1 or node.module not in modules:
+                faults.append(f"line {node.lineno}: not one dot and a module of the same folder")
+            continue
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        outside = [name for name in names if name.split(".")[0] not in allowed]
+        if outside and id(node) not in tried:
+            faults.append(f"line {node.lineno}: {outside[0]} is imported outside a `try`")
+        if any(name.split(".")[0] == "modeling_insnext" for name in names):
+            faults.append(f"line {node.lineno}: the installed package is imported")
+    if sorted(FOLLOWED_IMPORT.findall(text)) != sorted(relative):
+        faults.append("transformers would follow other imports than Python does")
+    return faults
+
+
+@pytest.mark.parametrize("path", sorted(REMOTE_CODE.glob("*.py")), ids=lambda path: path.stem)
+def test_a_file_of_the_model_works_as_remote_code(path):
+    modules = {file.stem for file in REMOTE_CODE.glob("*.py")}
+    assert remote_code_faults(source_text(path), modules) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from . import slots",
+        "from ..data import orders",
+        "from .slots.table import rows",
+        "from .absent import rows",
+        "import numpy",
+        "def f():\n    import numpy",
+        "try:\n    import modeling_insnext\nexcept ImportError:\n    pass",
+        'def f():\n    """\n    from .slots import rows\n    """',
+        "x = 1; from .slots import rows",
+    ],
+)
+def test_faulty_remote_code_is_noticed(text):
+    assert remote_code_faults(text, {"slots"})
+
+
+HIDE_OPTIONAL_PACKAGES = """
+import sys
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.split(".")[0] in {"accelerate", "datasets", "evaluate", "insnext_kernels", "peft", "triton"}
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+"""
+
+
+def run_without_optional_packages(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", HIDE_OPTIONAL_PACKAGES + code], capture_output=True, text=True)
+
+
+def test_the_package_imports_without_its_optional_packages():
+    done = run_without_optional_packages("import modeling_insnext, modeling_insnext.data")
+    assert done.returncode == 0, done.stderr
+    assert "No module named 'accelerate'" in run_without_optional_packages("import accelerate").stderr
