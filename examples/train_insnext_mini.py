@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from prepare_corpus import load_texts
@@ -61,6 +62,22 @@ def make_collator(args, tokenizer, texts, **options):
     )
 
 
+def plot_history(history: list[dict], path: Path) -> None:
+    """Draw position and token loss by step: training as lines, held-out texts as points."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for axis, part in zip(axes, ("position_loss", "token_loss"), strict=True):
+        train = [(row["step"], row[part]) for row in history if part in row]
+        heldout = [(row["step"], row[f"eval_{part}"]) for row in history if f"eval_{part}" in row]
+        axis.plot(*zip(*train, strict=True), lw=1, color="tab:blue", label="training")
+        axis.plot(*zip(*heldout, strict=True), "o", color="tab:red", ms=4, label="held out")
+        axis.set_xlabel("step")
+        axis.set_ylabel("nats per inserted token")
+        axis.set_title(part.replace("_", " "))
+        axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def main():
     args, training = HfArgumentParser((MiniArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
@@ -94,9 +111,11 @@ def main():
     trainer.train(
         resume_from_checkpoint=get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
     )
-    model.to(torch.bfloat16).save_pretrained(f"{training.output_dir}/final")
-    tokenizer.save_pretrained(f"{training.output_dir}/final")
-    Path(f"{training.output_dir}/final/history.json").write_text(json.dumps(trainer.state.log_history))
+    final = Path(training.output_dir) / "final"
+    model.to(torch.bfloat16).save_pretrained(final)
+    tokenizer.save_pretrained(final)
+    (final / "history.json").write_text(json.dumps(trainer.state.log_history))
+    plot_history(trainer.state.log_history, final / "loss.png")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Star graphs: a task that is solved only by planning ahead. Needs numpy only.
 
 `degree` directed paths share one node, the centre, and no other. The names of start and goal, the ends of one of the
-paths, are given, and its interior is to be written. Every step but one follows the only edge that leaves a node; at the
-centre `degree` edges leave, and which of them is right shows only by looking ahead, from the goal back: that step is the
-fork. An example of degree 3 with paths of 3, 4 and 3 nodes, the first one from 7 to 2:
+paths, are given, and its interior is to be written. Every step but one follows the only edge that leaves a node. At
+the centre `degree` edges leave, and which of them is right shows only by looking ahead, or back from the goal: that
+step is the fork. An example of degree 3 with paths of 4, 3 and 3 nodes, the first one from 7 to 2:
 
     7 -> 4 -> 9 -> 2      centre 4, path 7 4 9 2, fork: 9 (not 0, not 5)
          4 -> 0 -> 3
@@ -15,12 +15,12 @@ Its text, edges in random order, one name a token and a comma after every edge; 
                                                              4  9
 
 A path has `min_length` to `max_length` nodes, uniform. The centre is its node j, j uniform over
-`0 .. length - min_plan - 1`, so that at least `min_plan` nodes follow. Every graph is a function of the specification, the
-split, its index and the seed; names are drawn without replacement.
+`0 .. length - min_plan - 1`, so that at least `min_plan` nodes follow. Names are drawn without replacement. A graph is
+a function of the specification, the split, its index and the seed.
 
 Sizes and specifications: ILM (arXiv:2505.05755) and its code; *easy* is the graph of Bachmann and Nagarajan
-(arXiv:2403.06963), whose start is the centre. There the answer is written as pairs after the question; here it is written
-once, between start and goal.
+(arXiv:2403.06963), whose start is the centre. There the answer is written as pairs after the question; here each node
+is written once, between start and goal.
 """
 
 from dataclasses import dataclass, fields
@@ -149,7 +149,7 @@ def draw_graph(graphs: str | StarGraphSpec, split: str, index: int, seed: int = 
 
 
 def graph_text(graph: StarGraph) -> dict:
-    """Return a text for `InsertionCollator`: `input_ids` and `given`, `[T]`, and `fork`, the index of the fork in the text.
+    """Return a text for `InsertionCollator`, `input_ids` and `given`, `[T]`, and `fork`, the index of the fork in it.
 
     Everything is given but the interior of the path.
     """

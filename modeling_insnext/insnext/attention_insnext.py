@@ -20,10 +20,12 @@ Head h adds -left_h * max(-offset, 0) - right_h * max(offset, 0) to its scores.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import flex_attention as uncompiled_flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
@@ -136,7 +138,10 @@ def flex_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """FlexAttention over integer offsets. PyTorch has no backward of it on CPUs (as of 2.13)."""
+    """FlexAttention over integer offsets, uncompiled on CPUs.
+
+    There PyTorch (as of 2.13) has no backward of it, and the code it generates does not compile once shapes vary.
+    """
     if dropout:
         raise ValueError(f"flex_attention has no dropout, got attention_dropout={dropout}; use eager or sdpa")
     offsets_BQK, (left_H, right_H), block_mask = attention_mask
@@ -144,7 +149,11 @@ def flex_attention(
     def add_bias(score, b, h, q, k):
         return score + alibi_bias(offsets_BQK[b, q, k], left_H[h], right_H[h])
 
-    out_BHQD = compile_friendly_flex_attention(
+    on_cpu = query.device.type == "cpu"
+    attend = (
+        uncompiled_flex_attention if on_cpu else partial(compile_friendly_flex_attention, training=module.training)
+    )
+    out_BHQD = attend(
         query,
         key,
         value,
@@ -152,7 +161,6 @@ def flex_attention(
         block_mask=block_mask,
         enable_gqa=query.shape[1] != key.shape[1],
         scale=scaling,
-        training=module.training,
     )
     return out_BHQD.transpose(1, 2).contiguous(), None
 
@@ -217,14 +225,18 @@ def build_interval(
     """Return who sees whom for `shape` = (B, Q) new tokens behind a cache; arguments as in `InsNextModel.forward`.
 
     Raises:
-        ValueError: If the mask has holes, `context_length` and `horizon` are both given, or the result is no text
-            (:func:`check_interval`).
+        ValueError: If an argument has holes, another shape or another type, `context_length` and `horizon` are both
+            given, or the result is no text (:func:`check_interval`).
     """
     B, Q = shape
+    check_arguments(shape, positions, context_length, start, horizon)
     if context_length is not None and horizon is not None:
         raise ValueError("context_length and horizon exclude each other, got both")
     if attention_mask is not None and not torch.compiler.is_compiling():
-        check_contiguous(attention_mask)
+        held = 0 if past is None or isinstance(past, InsertionCache) else int(past.get_seq_length())
+        if attention_mask.shape != (B, held + Q):
+            raise ValueError(f"attention_mask must be [{B}, {held + Q}], got {list(attention_mask.shape)}")
+        check_contiguous(attention_mask, may_rest=isinstance(past, InsertionCache))
     real_BQ = torch.ones(shape, dtype=torch.bool, device=device)
     if isinstance(past, InsertionCache):
         entries_BQ, K = past.entries(Q), past.key_length(Q)
@@ -259,14 +271,42 @@ def build_interval(
     return interval
 
 
-def check_contiguous(attention_mask_BT: torch.Tensor) -> None:
-    """Raise a `ValueError` unless every row has its ones in one run and at least one of them."""
+def check_arguments(
+    shape: tuple[int, int],
+    positions: torch.Tensor | None,
+    context_length: int | torch.Tensor | None,
+    start: torch.Tensor | None,
+    horizon: torch.Tensor | None,
+) -> None:
+    """Raise a `ValueError` if there is no token, or an argument of `build_interval` has another type or shape."""
+    if 0 in shape:
+        raise ValueError(f"there must be at least one token, got input of shape {list(shape)}")
+    if positions is not None and positions.is_floating_point():
+        raise ValueError(f"positions must be integers, got {positions.dtype}")
+    for name, tensor in (("start", start), ("horizon", horizon)):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {list(shape)}, one for each new token, got {list(tensor.shape)}")
+    if isinstance(context_length, torch.Tensor) and context_length.numel() not in (1, shape[0]):
+        raise ValueError(
+            f"context_length must be one integer or one for each of the {shape[0]} rows, got {context_length.tolist()}"
+        )
+    if context_length is not None and not torch.compiler.is_compiling() and torch.as_tensor(context_length).min() < 0:
+        raise ValueError(f"context_length must not be negative, got {context_length}")
+
+
+def check_contiguous(attention_mask_BT: torch.Tensor, may_rest: bool = False) -> None:
+    """Raise a `ValueError` unless every row has its ones in one run and at least one of them.
+
+    Rows behind an `InsertionCache` may rest (no ones), and their run comes first.
+    """
     real_BT = attention_mask_BT.long()
     runs_B = real_BT[:, 0] + (real_BT.diff(dim=1) == 1).sum(1)
-    if (runs_B != 1).any():
-        row = int((runs_B != 1).nonzero()[0])
+    wrong_B = runs_B != real_BT[:, 0] if may_rest else runs_B != 1
+    if wrong_B.any():
+        row = int(wrong_B.nonzero()[0])
+        rule = "come first behind an InsertionCache" if may_rest else "form one run"
         raise ValueError(
-            f"the ones of an attention_mask row must form one run, got {int(runs_B[row])} runs in row {row}: "
+            f"the ones of an attention_mask row must {rule}, got {int(runs_B[row])} runs in row {row}: "
             f"{attention_mask_BT[row].tolist()}"
         )
 
@@ -287,6 +327,13 @@ def check_interval(interval: Interval) -> None:
                 f"({positions_BK.shape[1]} keys)"
             )
     if positions_BK.shape[1] == horizon_BQ.shape[1]:
+        strays_BQ = start_BQ.gather(1, horizon_BQ) != start_BQ
+        if strays_BQ.any():
+            b, i = strays_BQ.nonzero()[0].tolist()
+            raise ValueError(
+                f"horizon (or context_length) must not reach beyond the text, got horizon {int(horizon_BQ[b, i])} for "
+                f"query {i} of row {b}, in the text from {int(start_BQ[b, i])} on"
+            )
         check_no_ties(positions_BK, start_BQ)
 
 

@@ -1,5 +1,8 @@
 """Beam search over (slot, token): hypotheses of the same text are merged, their probabilities added.
 
+The likeliest of them goes on for all. The others' states, which depend on the order of writing, are dropped with them,
+so that what follows a merge has the probability that it has after the likeliest order.
+
 A candidate's probability is that of its hypothesis times p(slot) p(token | slot). Slots are looked into in the order
 of p(hypothesis) p(slot), which bounds their candidates, until none can enter the beam any more.
 """
@@ -9,7 +12,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .decoding_insnext import collect, finished_row, step_encoder, token_limits, token_scores
+from .decoding_insnext import (
+    TokenRules,
+    collect,
+    finished_row,
+    nothing_to_write,
+    padding_token,
+    step_encoder,
+    token_limits,
+    token_scores,
+)
 from .draft_insnext import Draft
 
 
@@ -48,15 +60,18 @@ class Finished:
         return len(self.texts) >= self.size and min(score for _, score, _ in self.texts.values()) >= attainable
 
     def best(self, count: int) -> list[dict]:
+        """Return the `count` best texts; where there are fewer, the last one again with the score `-inf`."""
         ranked = sorted(self.texts.values(), key=lambda text: -text[1])[:count]
+        ranked += [(-math.inf, -math.inf, ranked[-1][2])] * (count - len(ranked))
         return [{**result, "score": score} for _, score, result in ranked]
 
 
-def beam_search(model, canvas, config, processors, criteria, streamer):
+def beam_search(model, canvas, config, rules: TokenRules, criteria, streamer):
     """Return the likeliest `num_return_sequences` texts of each canvas as an `InsertionGenerateOutput`.
 
     Raises:
-        ValueError: If beams are combined with sampling, a streamer, or more returned texts than beams.
+        ValueError: If beams are combined with sampling or a streamer; or if a text may not stop and every token is
+            barred.
     """
     if config.do_sample:
         raise ValueError(
@@ -64,10 +79,6 @@ def beam_search(model, canvas, config, processors, criteria, streamer):
         )
     if streamer is not None:
         raise ValueError(f"a streamer shows one text as it grows, num_beams={config.num_beams} grow at once")
-    if config.num_return_sequences > config.num_beams:
-        raise ValueError(
-            f"num_return_sequences must not exceed num_beams={config.num_beams}, got {config.num_return_sequences}"
-        )
     canvases = len(canvas["input_ids"])
     limits = token_limits(model, canvas, config)
     capacity = int((canvas["attention_mask"].sum(1) + limits).max()) + 1
@@ -75,7 +86,7 @@ def beam_search(model, canvas, config, processors, criteria, streamer):
     draft = Draft(model, canvas, capacity, static, step_encoder(model, config, static))
     owner, log_p = list(range(canvases)), [0.0] * canvases
     finished = [Finished(config.num_beams) for _ in range(canvases)]
-    pad = model.config.pad_token_id or 0
+    pad = padding_token(model, config)
 
     def norm(row: int, more: int = 0) -> float:
         return max(int(draft.written[row].sum()) + more, 1) ** config.length_penalty
@@ -86,15 +97,19 @@ def beam_search(model, canvas, config, processors, criteria, streamer):
         for row, stop in enumerate(stops):
             if stop > -math.inf:
                 finished[owner[row]].add(texts[row], log_p[row] + stop, norm(row), finished_row(draft, row))
-        pool = _candidates(model, draft, scores, owner, log_p, texts, config.num_beams, processors, canvas)
+        pool = _candidates(model, draft, scores, owner, log_p, texts, config.num_beams, rules)
         chosen = []
         for item, candidates in pool.items():
-            attainable = candidates[0].log_p / norm(candidates[0].row, 1)
+            kept = candidates[: config.num_beams]
+            # several hypotheses may grow into one text, which then has the probability of all of them
+            attainable = math.log(math.fsum(math.exp(c.log_p - kept[0].log_p) for c in kept)) + kept[0].log_p
             if config.early_stopping == "never" and config.length_penalty > 0:
-                attainable = candidates[0].log_p / max(int(limits[item]), 1) ** config.length_penalty
+                attainable /= max(int(limits[item]), 1) ** config.length_penalty
+            else:
+                attainable /= norm(kept[0].row, 1)
             early = config.early_stopping is True and len(finished[item].texts) >= config.num_beams
             if not early and not finished[item].is_closed(attainable):
-                chosen += [(item, candidate) for candidate in candidates[: config.num_beams]]
+                chosen += [(item, candidate) for candidate in kept]
         if not chosen:
             break
         draft.select_rows(torch.tensor([candidate.row for _, candidate in chosen], device=draft.ids.device))
@@ -116,6 +131,9 @@ def beam_search(model, canvas, config, processors, criteria, streamer):
         kept = (~ends).nonzero().squeeze(1)
         draft.select_rows(kept)
         owner, log_p = ([values[row] for row in kept.tolist()] for values in (owner, log_p))
+    for item, texts in enumerate(finished):
+        if not texts.texts:
+            raise nothing_to_write(item)
     results = [text for texts in finished for text in texts.best(config.num_return_sequences)]
     return collect(results, pad, canvas["input_ids"].device)
 
@@ -130,7 +148,7 @@ def _scores(draft: Draft, limits: torch.Tensor, config) -> tuple[torch.Tensor, l
 
 
 def _candidates(
-    model, draft, slot_scores, owner, log_p, texts, beams, processors, canvas
+    model, draft, slot_scores, owner, log_p, texts, beams, rules: TokenRules
 ) -> dict[int, list[Candidate]]:
     """Return for each canvas its candidates, best text first, one a text."""
     total = slot_scores.double() + torch.tensor(log_p, device=slot_scores.device)[:, None]
@@ -149,7 +167,7 @@ def _candidates(
                 break
             pairs = order[first : first + PAIRS_PER_CHUNK]
             pair_rows, pair_slots = row_P[pairs], slot_P[pairs]
-            raw = token_scores(model, draft, pair_rows, pair_slots, processors, canvas["continuation_mask"])
+            raw = token_scores(model, draft, pair_rows, pair_slots, rules)
             scores = raw.log_softmax(1).double() + bound_P[first : first + PAIRS_PER_CHUNK, None]
             top = scores.topk(min(2 * beams, scores.shape[1]), dim=1)
             for row, slot, values, tokens in zip(

@@ -116,7 +116,9 @@ class InsertionCache(Cache):
         self.lengths[rows] = other.lengths
         self._measure()
         for mine, theirs in zip(self.layers, other.layers, strict=True):
-            width = min(other.longest, mine.keys.shape[2])
+            width = min(other.longest, theirs.keys.shape[2])
+            if mine.keys.shape[2] < width:
+                mine.keys, mine.values = (_grown(buffer, width) for buffer in (mine.keys, mine.values))
             mine.keys[rows, :, :width] = theirs.keys[:, :, :width]
             mine.values[rows, :, :width] = theirs.values[:, :, :width]
 

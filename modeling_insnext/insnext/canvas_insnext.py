@@ -144,7 +144,7 @@ def canvas_from_ids(
         attention_mask: `[B, T]`, 1 on tokens; None: no pads.
         slot_mask: `[B, T]` bool, slots that are open; None: only the one right of the last token.
         gap_ids: `[B, T]`; None: the open slots are numbered from the left.
-        min_gap_tokens: `[B, G]` or one number for all gaps; None: 0.
+        min_gap_tokens: `[B, G]` or one number for all gaps of each row; None: 0.
         max_gap_tokens: `[B, G]` or one number for all gaps, -1 for no bound; None: -1.
         word_end_mask: `[B, T]` bool; None: nothing is protected.
         continuation_mask: `[V]` bool; passed on.
@@ -183,6 +183,9 @@ def canvas_from_ids(
     else:
         gap_ids_BT = aligned(gap_ids).long()
     G = max(int(gap_ids_BT.max()) + 1, 1)
+    if isinstance(min_gap_tokens, int):
+        exists_BG = (gap_ids_BT[..., None] == torch.arange(G, device=device)).any(1)
+        min_gap_tokens = min_gap_tokens * exists_BG.long()
     canvas = {
         "input_ids": aligned(input_ids),
         "attention_mask": present_BT.long(),
@@ -496,6 +499,11 @@ def _check_bounds(canvas: Mapping[str, torch.Tensor], max_new_tokens: int | None
             f"bounds of gap {index} in row {row} contradict: minimum {int(minima_BG[row, index])}, "
             f"maximum {int(maxima_BG[row, index])}"
         )
+    exists_BG = (gap_ids_BT[..., None] == torch.arange(minima_BG.shape[1], device=gap_ids_BT.device)).any(1)
+    missing_BG = (minima_BG > 0) & ~exists_BG
+    if missing_BG.any():
+        row, index = missing_BG.nonzero()[0].tolist()
+        raise ValueError(f"gap {index} of row {row} has the minimum {int(minima_BG[row, index])} but no open slot")
     sums_B = minima_BG.sum(1)
     if max_new_tokens is not None and int(sums_B.max()) > max_new_tokens:
         raise ValueError(

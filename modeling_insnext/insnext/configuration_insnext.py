@@ -82,7 +82,14 @@ class InsNextConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _check(self):
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
@@ -102,6 +109,8 @@ class InsNextConfig(PreTrainedConfig):
         for name in ("alibi_slope_ratio", "position_logit_cap"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout}")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.vocab_size:
@@ -121,7 +130,7 @@ class InsNextConfig(PreTrainedConfig):
         """Return the configuration of a published size, "ours, size-matched": the paper prints no shapes.
 
         Args:
-            name: `"base"` (154M) or `"advanced"` (573M).
+            name: `"base"` (155M) or `"advanced"` (574M).
             **overrides: Fields to change.
 
         Raises:

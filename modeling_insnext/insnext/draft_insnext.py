@@ -13,6 +13,12 @@ from .attention_insnext import Interval
 from .cache_insnext import InsertionCache
 
 
+PER_ROW = (
+    "origins", "ids", "ranks", "following", "lengths", "steps", "gaps", "words_end", "minima", "maxima", "written",
+    "encoded_together", "encoded_tokens", "left", "right", "slots", "keys", "state",
+)  # fmt: skip
+
+
 class Draft:
     """Texts under construction and everything needed to score what may be written next.
 
@@ -36,6 +42,7 @@ class Draft:
         encoded_tokens: int64 `[R]`, tokens that went through the network so far.
         reencoded_at: for each row the steps after which EBR struck.
         state: `[R, D]`, hidden state of each row's last entry.
+        origins: int64 `[R]`, row of the canvas that each row grew from.
     """
 
     def __init__(self, model, canvas, capacity: int, static: bool = False, encoder=None):
@@ -65,6 +72,7 @@ class Draft:
         self.encoded_together = torch.zeros_like(self.lengths)
         self.encoded_tokens = torch.zeros_like(self.lengths)
         self.reencoded_at = [[] for _ in range(R)]
+        self.origins = torch.arange(R, device=device)
         self.step = 0
 
         D = model.config.hidden_size
@@ -103,13 +111,13 @@ class Draft:
         """Write tokens into slots, in one step; they are not encoded yet.
 
         Args:
-            slots: int64 `[R, Q]`, distinct slots of a row, by the entry left of them.
+            slots: int64 `[R, Q]` or wider, distinct slots of a row, by the entry left of them.
             tokens: int64 `[R, Q]`.
             counts: int64 `[R]`, how many of the Q a row really writes; the rest is ignored.
         """
         self.step += 1
         row_R = torch.arange(len(self), device=slots.device)
-        for q in range(slots.shape[1]):
+        for q in range(tokens.shape[1]):
             acts = q < counts
             slot, entry = slots[:, q], torch.where(acts, self.lengths, self.capacity)
             rank = self.ranks[row_R, slot] + 1
@@ -223,9 +231,7 @@ class Draft:
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep the given rows, in that order; a row may be named several times."""
-        per_row = ("ids", "ranks", "following", "lengths", "steps", "gaps", "words_end", "minima", "maxima", "written",
-                   "encoded_together", "encoded_tokens", "left", "right", "slots", "keys", "state")  # fmt: skip
-        for name in per_row:
+        for name in PER_ROW:
             setattr(self, name, getattr(self, name)[rows])
         self.reencoded_at = [list(self.reencoded_at[row]) for row in rows.tolist()]
         self.cache.select_rows(rows)
@@ -267,7 +273,7 @@ class Draft:
         return (self.written.sum(1) < min_new_tokens) | (self.written < self.minima).any(1)
 
     def around(self, rows: torch.Tensor, slots: torch.Tensor, pad: int) -> torch.Tensor:
-        """Return what logits processors see, `[r, T]`, padded on the left: the text right of the slot, then left of it.
+        """Return what logits processors see, `[r, T]`, padded on the left: the text right, then left of the slot.
 
         So the last token is the slot's left neighbour, every token of the text is there, and so is every n-gram but
         one; the seam holds BOS, which is never written.

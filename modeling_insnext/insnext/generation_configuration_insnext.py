@@ -31,6 +31,8 @@ STOPS = "a text ends when STOP is chosen, not with a token; use min_new_tokens, 
 FORCED = "no step is the first or the last of the text; use a canvas with the token as given text"
 GIVEN = "given words are kept by construction; use canvas(keywords=...) or a text with marks"
 
+SCORED = "a step scores slots, then tokens in one of them; use a logits processor, model.score or forward"
+
 # option -> what to do instead; the neutral values are those of GenerationConfig and NEUTRAL
 MEANINGLESS = {
     "is_assistant": ASSISTED,
@@ -66,10 +68,18 @@ MEANINGLESS = {
     "watermarking_config": "its key is the token on the left, which a later insertion changes; use left_to_right=True",
     "prefill_chunk_size": "the given text is one block; use a shorter one",
     "cache_config": 'use cache_implementation="dynamic" or "static"',
+    "output_scores": SCORED,
+    "output_logits": SCORED,
+    "output_attentions": SCORED,
+    "output_hidden_states": SCORED,
     "use_cache": "use ebr=True, ebr_ratio=0, which encodes the text anew at every step",
 }
 NEUTRAL = {
     "is_assistant": False,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
     "use_mtp": False,
     "token_healing": False,
     "low_memory": False,

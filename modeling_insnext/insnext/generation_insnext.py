@@ -8,12 +8,12 @@ Sources: sequential and parallel insertion, InsNet (arXiv:2102.11008); EBR, InsN
 """
 
 import torch
-from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 from transformers.generation import MaxTimeCriteria
 
 from .beam_insnext import beam_search
 from .canvas_insnext import build_canvas, canvas_from_ids, validate_canvas
-from .decoding_insnext import InsertionGenerateOutput
+from .decoding_insnext import InsertionGenerateOutput, TokenRules, keep_left_padding, padding_token
 from .draft_insnext import Draft
 from .generation_configuration_insnext import (
     InsertionGenerationConfig,
@@ -83,6 +83,11 @@ class InsertionGenerationMixin(GenerationMixin):
                 rest[name] = True
         return config, rest
 
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, past_key_values, **kwargs):
+        """Hand the padding on as it is: the model builds its own intervals, with a static cache too."""
+        return attention_mask
+
     def canvas(self, tokenizer, text=None, keywords=None, **options):
         """Return the canvas of a text with marks, or of keywords: what `generate(**canvas)` fills.
 
@@ -148,15 +153,17 @@ class InsertionGenerationMixin(GenerationMixin):
             logits_processor: More processors of the token scores. They see the text right of the slot, then left of
                 it, so that the last token is the slot's left neighbour.
             stopping_criteria: More criteria; they see the texts so far, left to right, padded on the right.
-            prefix_allowed_tokens_fn: As in Transformers, on what the processors see.
+            prefix_allowed_tokens_fn: As in Transformers, on what the processors see, without padding; called with the
+                row of the canvas.
             synced_gpus: As in Transformers, for `left_to_right=True`.
             streamer: `put_draft` (`TextDiffusionStreamer`) shows every state of the text; others get the finished
-                text.
+                text. What `skip_prompt` skips is the given text up to the first open slot.
             **kwargs: The canvas (`input_ids`, `attention_mask`, `slot_mask`, ...) and options, see
                 :class:`InsertionGenerationConfig`.
 
         Returns:
-            The texts, `[B, T']`, or an :class:`InsertionGenerateOutput` with `return_dict_in_generate=True`.
+            The texts, `[B, T']`, each behind the left padding that it was given with, or an
+            :class:`InsertionGenerateOutput` with `return_dict_in_generate=True`.
 
         Raises:
             ValueError: If an option does not exist or has no meaning here, or the canvas breaks a rule; before any
@@ -181,17 +188,20 @@ class InsertionGenerationMixin(GenerationMixin):
         check_generation_kwargs(rest, {*CANVAS_FIELDS, *config.option_names()})
         config.validate_for_insertion()
         canvas = self._checked_canvas(inputs, rest, config)
-        processors = self._token_processors(config, logits_processor, prefix_allowed_tokens_fn, canvas)
+        processors = self._token_processors(config, logits_processor, canvas)
+        rules = TokenRules(canvas["continuation_mask"], processors, prefix_allowed_tokens_fn)
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.max_time is not None:
             criteria.append(MaxTimeCriteria(config.max_time))
         if config.num_beams > 1:
-            output = beam_search(self, canvas, config, processors, criteria, streamer)
+            output = beam_search(self, canvas, config, rules, criteria, streamer)
         else:
-            output = insert(self, canvas, config, processors, criteria, streamer)
-        if streamer is not None:
-            streamer.put(output.sequences.cpu())
-            streamer.end()
+            shown = _put_prompt(streamer, canvas)
+            output = insert(self, canvas, config, rules, criteria, streamer)
+            if streamer is not None:
+                streamer.put(output.sequences[:, shown:].cpu())
+                streamer.end()
+        keep_left_padding(output, rest.get("attention_mask"), padding_token(self, config))
         return output if config.return_dict_in_generate else output.sequences
 
     def _checked_canvas(self, inputs, fields, config):
@@ -212,16 +222,12 @@ class InsertionGenerationMixin(GenerationMixin):
         canvas.setdefault("continuation_mask", torch.zeros(self.config.vocab_size, dtype=torch.bool))
         canvas = {name: tensor.to(self.device) for name, tensor in canvas.items()}
         repeats = config.num_return_sequences if config.num_beams == 1 else 1
-        if repeats > 1 and not config.do_sample:
-            raise ValueError(
-                f"num_return_sequences={repeats} needs do_sample=True or num_beams > 1, greedy texts are all the same"
-            )
         return {
             name: tensor if name == "continuation_mask" else tensor.repeat_interleave(repeats, 0)
             for name, tensor in canvas.items()
         }
 
-    def _token_processors(self, config, processors, prefix_allowed_tokens_fn, canvas):
+    def _token_processors(self, config, processors, canvas):
         """Return Transformers' own processors for these options, without those that speak of EOS."""
         plain = InsertionGenerationConfig(**{
             name: value
@@ -232,11 +238,23 @@ class InsertionGenerationMixin(GenerationMixin):
         return self._get_logits_processor(
             plain,
             input_ids_seq_length=canvas["input_ids"].shape[1],
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            prefix_allowed_tokens_fn=None,
             logits_processor=LogitsProcessorList(processors or []),
             device=self.device,
             model_kwargs={},
         )
+
+
+def _put_prompt(streamer, canvas) -> int:
+    """Give a streamer that skips the prompt what stands before the first open slot; return how many tokens it got."""
+    if isinstance(streamer, TextStreamer) and len(canvas["input_ids"]) > 1:
+        raise ValueError(f"a TextStreamer shows one text, got {len(canvas['input_ids'])}")
+    if not getattr(streamer, "skip_prompt", False):
+        return 0
+    places = canvas["slot_mask"][0].nonzero()
+    given = int(places[0]) + 1 if len(places) else int(canvas["attention_mask"][0].sum())
+    streamer.put(canvas["input_ids"][:1, :given].cpu())
+    return given
 
 
 __all__ = ["InsertionGenerateOutput", "InsertionGenerationMixin"]

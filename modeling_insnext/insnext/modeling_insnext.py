@@ -43,7 +43,7 @@ from .configuration_insnext import InsNextConfig
 from .generation_configuration_insnext import InsertionGenerationConfig
 from .generation_insnext import InsertionGenerationMixin
 from .scoring_insnext import InsertionScoringMixin
-from .slots_insnext import InsNextSlotHead, Supervision, insertion_losses, mean_losses, token_logits
+from .slots_insnext import InsNextSlotHead, Supervision, divisor, insertion_losses, mean_losses, token_logits
 
 
 AUTO_MAP = {
@@ -102,8 +102,9 @@ class InsNextAttention(nn.Module):
     def offset_scores(self, query_BHQD, offsets_BQK, visible_BQK):
         """Return the additive mask (q . W_r R(offset)) / sqrt(D), `-inf` on invisible keys."""
         K, D = offsets_BQK.shape[-1], self.config.hidden_size
-        distance = torch.arange(-K, K + 1, device=query_BHQD.device, dtype=torch.float32)
-        rate = 10000 ** (-torch.arange(0, D, 2, device=query_BHQD.device, dtype=torch.float32) / D)
+        wide = {"device": query_BHQD.device, "dtype": torch.promote_types(query_BHQD.dtype, torch.float32)}
+        distance = torch.arange(-K, K + 1, **wide)
+        rate = 10000 ** (-torch.arange(0, D, 2, **wide) / D)
         angle = distance[:, None] * rate
         table = torch.cat([angle.sin(), angle.cos()], 1)[:, :D].to(query_BHQD.dtype)
         table = self.r_proj(table).view(2 * K + 1, -1, self.head_dim).permute(1, 2, 0)
@@ -156,6 +157,22 @@ class InsNextPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": InsNextBlock, "attentions": InsNextAttention}
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load a checkpoint as any model of Transformers.
+
+        Raises:
+            ValueError: If a weight is infinite or no number.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for name, weight in model.named_parameters():
+            if weight.device.type != "meta" and weight.is_floating_point() and not weight.isfinite().all():
+                raise ValueError(
+                    f"weights must be finite, got {int((~weight.isfinite()).sum())} that are not in {name}"
+                )
+        return loaded
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, configuration and code: a folder for every Auto class with `trust_remote_code=True`."""
@@ -311,6 +328,8 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
 
     def __init__(self, config: InsNextConfig):
         super().__init__(config)
+        # the loss reads labels from the second on, here as in any causal language model: `Trainer` counts those
+        self.loss_type = "ForCausalLM"
         self.model = InsNextModel(config)
         self.slot_head = InsNextSlotHead(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -362,13 +381,21 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
             num_items_in_batch: Divisor of the loss; by default the number of supervised tokens.
 
         Raises:
-            ValueError: See :class:`InsNextModel`; also if training fields come without `positions`, or a label is
-                structure.
+            ValueError: See :class:`InsNextModel`; also if training fields come without `positions` or have another
+                shape than the tokens, or if a label is structure, no token, or with `positions` not the token itself.
         """
         left_to_right = positions is None
         if left_to_right and any(x is not None for x in (stop_targets, target_kinds, unit_starts, step_weights)):
             raise ValueError("stop_targets, target_kinds, unit_starts and step_weights need positions, got None")
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         shape, device = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2], self.device
+        supervision = Supervision(labels, stop_targets, target_kinds, unit_starts, step_weights)
+        for name, tensor in supervision._asdict().items():
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name} must be {list(shape)}, one for each token, got {list(tensor.shape)}")
+        if labels is not None and input_ids is None and not left_to_right:
+            raise ValueError("labels of an insertion sequence need input_ids, got inputs_embeds")
         interval = self.model.checked_interval(
             input_ids, shape, device, attention_mask, positions, context_length, start, horizon, past_key_values, True
         )
@@ -389,7 +416,6 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
             if labels is not None:
                 loss = self._left_to_right_loss(logits, labels, num_items_in_batch)
         elif labels is not None:
-            supervision = Supervision(labels, stop_targets, target_kinds, unit_starts, step_weights)
             losses = insertion_losses(
                 self.slot_head, self.lm_head, self.config.never_inserted, hidden, input_ids, interval, supervision
             )
@@ -422,19 +448,25 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
         return log_p
 
     def _left_to_right_loss(self, log_p, labels, num_items):
-        structure = [token for token in self.config.never_inserted if token != self.config.eos_token_id]
         target = labels[:, 1:]
-        if not torch.compiler.is_compiling() and structure:
-            wrong = torch.isin(target, torch.tensor(structure, device=target.device))
-            if wrong.any():
-                raise ValueError(
-                    f"ids {structure} are structure and have probability 0, got label {int(target[wrong][0])} at "
-                    f"{wrong.nonzero()[0].tolist()}; set it to -100"
-                )
+        structure = [token for token in self.config.never_inserted if token != self.config.eos_token_id]
+        if not torch.compiler.is_compiling():
+            self._check_labels(target, structure)
         loss = nn.functional.nll_loss(
             log_p[:, :-1].flatten(0, 1), target.flatten().long(), ignore_index=-100, reduction="sum"
         )
-        return loss / ((target != -100).sum().clamp_min(1) if num_items is None else num_items)
+        return loss / divisor((target != -100).sum(), num_items)
+
+    def _check_labels(self, target, structure):
+        size = self.config.vocab_size
+        is_structure = torch.isin(target, torch.tensor(structure, dtype=target.dtype, device=target.device))
+        for rule, wrong in (
+            (f"ids {structure} are structure and have probability 0", is_structure),
+            (f"labels must be in [0, {size}) or -100", (target != -100) & ((target < 0) | (target >= size))),
+        ):
+            if wrong.any():
+                where = wrong.nonzero()[0].tolist()
+                raise ValueError(f"{rule}, got label {int(target[wrong][0])} at {where}; set it to -100")
 
 
 def _state(hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -448,6 +480,8 @@ def _state(hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None) -> tor
 
 class InsNextForSequenceClassification(InsNextPreTrainedModel):
     """Class of a text, or with one label a number, read off the state of the whole text."""
+
+    accepts_loss_kwargs = False
 
     def __init__(self, config: InsNextConfig):
         super().__init__(config)
@@ -478,18 +512,32 @@ class InsNextForTokenClassification(InsNextPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs):
-        """Return logits `[B, T, num_labels]`; with labels `[B, T]` (-100: none) the mean cross-entropy."""
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        num_items_in_batch=None,
+        **kwargs,
+    ):
+        """Return logits `[B, T, num_labels]`; with labels `[B, T]` (-100: none) the mean cross-entropy.
+
+        `num_items_in_batch` is the divisor of the loss in the place of the number of labels.
+        """
         outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
         logits = self.score(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, config=self.config)
+            items = divisor((labels != -100).sum(), num_items_in_batch)
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config, num_items_in_batch=items)
         return TokenClassifierOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 
 
 class InsNextForMultipleChoice(InsNextPreTrainedModel):
     """The best of C texts, each read as a whole: ids `[B, C, T]` to logits `[B, C]`."""
+
+    accepts_loss_kwargs = False
 
     def __init__(self, config: InsNextConfig):
         super().__init__(config)
@@ -502,11 +550,15 @@ class InsNextForMultipleChoice(InsNextPreTrainedModel):
         """Return logits `[B, C]`; with labels `[B]` the mean cross-entropy.
 
         Raises:
-            ValueError: If `input_ids` is not `[B, C, T]`.
+            ValueError: If `input_ids` or `attention_mask` is not `[B, C, T]`, or `inputs_embeds` not `[B, C, T, D]`.
         """
-        if input_ids is not None and input_ids.ndim != 3:
-            raise ValueError(f"multiple choice needs input_ids [B, C, T], got {list(input_ids.shape)}")
-        choices = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        given = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        for name, tensor in (("input_ids or inputs_embeds", given), ("attention_mask", attention_mask)):
+            if tensor is not None and (tensor.ndim != 3 or tensor.shape != given.shape):
+                raise ValueError(f"multiple choice needs {name} [B, C, T], got {list(tensor.shape)}")
+        choices = given.shape[1]
         flat_ids, flat_mask, flat_embeds = (
             None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, inputs_embeds)
         )

@@ -5,8 +5,11 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from .decoding_insnext import (
     InsertionGenerateOutput,
+    TokenRules,
     collect,
     finished_row,
+    nothing_to_write,
+    padding_token,
     step_encoder,
     token_limits,
     token_scores,
@@ -45,9 +48,9 @@ class RowSampler:
         return noise
 
 
-def insert(model, canvas, config, processors, criteria, streamer) -> InsertionGenerateOutput:
+def insert(model, canvas, config, rules, criteria, streamer) -> InsertionGenerateOutput:
     """Fill canvases greedily or by sampling, `parallel_slots` tokens a step; rows go their own ways."""
-    rows = len(canvas["input_ids"])
+    rows, pad = len(canvas["input_ids"]), padding_token(model, config)
     limits = token_limits(model, canvas, config)
     capacity = int((canvas["attention_mask"].sum(1) + limits).max()) + config.parallel_slots
     static = config.cache_implementation == "static"
@@ -57,22 +60,22 @@ def insert(model, canvas, config, processors, criteria, streamer) -> InsertionGe
     alive = list(range(rows))
     while alive:
         slots, counts = choose_slots(draft, sampler, limits, config)
-        scores = write_tokens(model, draft, sampler, slots, counts, processors, canvas["continuation_mask"])
+        scores = write_tokens(model, draft, sampler, slots, counts, rules)
         draft.encode_new(counts, config.ebr_ratio if config.ebr else None, config.ebr_window)
         done = (counts == 0) | (draft.written.sum(1) >= limits)
         if criteria:
-            done |= criteria(draft.texts(model.config.pad_token_id or 0), scores)
+            done |= criteria(draft.texts(pad), scores)
         for row in done.nonzero().squeeze(1).tolist():
             results[alive[row]] = finished_row(draft, row)
         if streamer is not None and hasattr(streamer, "put_draft") and rows == 1:
-            streamer.put_draft(draft.texts(model.config.pad_token_id or 0).cpu())
+            streamer.put_draft(draft.texts(pad).cpu())
         if bool(done.any()):
             kept = (~done).nonzero().squeeze(1)
             alive = [alive[row] for row in kept.tolist()]
             limits = limits[kept]
             sampler.keep(kept.tolist())
             draft.select_rows(kept)
-    return collect(results, model.config.pad_token_id or 0, canvas["input_ids"].device)
+    return collect(results, pad, canvas["input_ids"].device)
 
 
 def choose_slots(draft: Draft, sampler: RowSampler, limits, config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,14 +116,30 @@ def _within_budget(draft, slots, takes, remaining, room):
     return slots.gather(1, order), takes.gather(1, order)
 
 
-def write_tokens(model, draft, sampler, slots, counts, processors, continuation_mask) -> torch.Tensor:
-    """Choose a token for every slot, all from one state, and write them; return the scores of the first slot."""
-    rows = torch.arange(len(draft), device=slots.device)
-    tokens, first_scores = [], None
-    for q in range(slots.shape[1]):
-        scores = token_scores(model, draft, rows, slots[:, q], processors, continuation_mask)
-        first_scores = scores if first_scores is None else first_scores
-        tokens.append((scores + sampler.noise(scores, [scores.shape[1]] * len(draft))).argmax(1))
-    if bool((counts > 0).any()):
-        draft.insert(slots, torch.stack(tokens, 1), counts)
-    return first_scores
+def write_tokens(model, draft, sampler, slots, counts, rules: TokenRules) -> torch.Tensor:
+    """Choose a token for every slot, all from one state, and write them; return the scores of each first slot.
+
+    Rows that stop have scores of `-inf`.
+
+    Raises:
+        ValueError: If every token of a slot is barred.
+    """
+    count_of_row = counts.tolist()
+    R, k, V = len(draft), max(count_of_row), model.config.vocab_size
+    tokens = torch.zeros(R, k, dtype=torch.long, device=slots.device)
+    all_scores = torch.full((R, max(k, 1), V), -torch.inf, dtype=torch.float32, device=slots.device)
+    for q in range(k):
+        # only rows that fill a slot draw for it, so that no row's draws depend on its neighbours
+        lengths = [V if q < count else 0 for count in count_of_row]
+        acting = torch.tensor([row for row, length in enumerate(lengths) if length], device=slots.device)
+        scores = token_scores(model, draft, acting, slots[acting, q], rules)
+        all_scores = all_scores.to(scores.dtype)
+        all_scores[acting, q] = scores
+        best = (all_scores[:, q] + sampler.noise(all_scores[:, q], lengths))[acting].max(1)
+        barred = best.values.isneginf().tolist()
+        if any(barred):
+            raise nothing_to_write(int(draft.origins[acting[barred.index(True)]]))
+        tokens[acting, q] = best.indices
+    if k:
+        draft.insert(slots, tokens, counts)
+    return all_scores[:, 0]

@@ -50,7 +50,7 @@ class InsertionScoringMixin:
 
         Raises:
             ValueError: If both `num_orders` and `orders` are given, an order is no permutation, the context does not
-                lead left to right, or the texts break a rule of the model.
+                lead left to right, there is no EOS to stop left to right, or the texts break a rule of the model.
         """
         if num_orders is not None and orders is not None:
             raise ValueError("num_orders and orders exclude each other, got both")
@@ -58,6 +58,8 @@ class InsertionScoringMixin:
             raise ValueError(f"num_orders must be at least 1, got {num_orders}")
         texts = self._texts_to_score(input_ids, attention_mask, context_mask)
         if num_orders is None and orders is None:
+            if stop and self.config.eos_token_id is None:
+                raise ValueError("stop=True left to right needs an eos_token_id, whose column says STOP, got None")
             return torch.stack([self._left_to_right_score(ids, given, stop) for ids, given in texts])
         scores = []
         for ids, given in texts:

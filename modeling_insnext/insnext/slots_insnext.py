@@ -111,8 +111,11 @@ def slot_table(positions_BN: torch.Tensor, start_BN: torch.Tensor, horizon_BN: t
         horizon_BN: Last entry that was encoded together with it, itself for a token written alone.
 
     Raises:
-        ValueError: If a token was written left of its text's leftmost token.
+        ValueError: If a token was written left of its text's leftmost token, or horizons do not divide the entries
+            into blocks.
     """
+    if not torch.compiler.is_compiling():
+        _check_blocks(horizon_BN)
     B, N = positions_BN.shape
     device = positions_BN.device
     entry_BN = torch.arange(N, device=device).expand(B, N)
@@ -143,6 +146,17 @@ def slot_table(positions_BN: torch.Tensor, start_BN: torch.Tensor, horizon_BN: t
 
     alone = (horizon_BN == entry_BN) & ((entry_BN == 0) | (horizon_BN.roll(1, 1) < entry_BN))
     return SlotTable(left_BS, right_BS, born_BS, dies_BS, slot_BN, written_into & alone)
+
+
+def _check_blocks(horizon_BN: torch.Tensor) -> None:
+    apart_BN = horizon_BN.gather(1, horizon_BN) != horizon_BN
+    apart_BN[:, 1:] |= horizon_BN[:, 1:] < horizon_BN[:, :-1]
+    if apart_BN.any():
+        b, i = apart_BN.nonzero()[0].tolist()
+        raise ValueError(
+            "all entries from a token up to its horizon must have the same horizon, got "
+            f"{horizon_BN[b, max(i - 1, 0) : int(horizon_BN[b, i]) + 1].tolist()} around token {i} of row {b}"
+        )
 
 
 def missing_units(
@@ -212,7 +226,7 @@ class InsNextSlotHead(nn.Module):
 
 
 def _chunked(function, chunks, *shared):
-    """Return `[function(*chunk, *shared)]`; with several chunks and gradients, their insides are recomputed, not kept."""
+    """Return `[function(*chunk, *shared)]`; with several chunks and gradients, insides are recomputed, not kept."""
     if torch.is_grad_enabled() and len(chunks) > 1:
         return [checkpoint(function, *chunk, *shared, use_reentrant=False) for chunk in chunks]
     return [function(*chunk, *shared) for chunk in chunks]
@@ -319,14 +333,18 @@ def insertion_losses(
         supervision: What is trained on.
 
     Raises:
-        ValueError: If `target_kinds` come without `unit_starts`.
+        ValueError: If `target_kinds` come without `unit_starts`, or the label of a written token is structure or
+            another token.
     """
     labels, stop_targets, kinds_BN, unit_starts, _ = supervision
     positions_BN, start_BN, horizon_BN, entries_BN = interval
     if kinds_BN is not None and unit_starts is None:
         raise ValueError("target_kinds need unit_starts, got None")
     table = slot_table(positions_BN, start_BN, horizon_BN)
-    supervised_BN = _of_next(table.written_BN & (labels != -100), False)
+    targets_BN = table.written_BN & (labels != -100)
+    if not torch.compiler.is_compiling():
+        _check_targets(targets_BN, input_ids_BN, labels, never_inserted)
+    supervised_BN = _of_next(targets_BN, False)
     ends_BN = _text_ends(start_BN)
     # padding sees itself only, just as a text of one token would
     stops_BN = ends_BN & (start_BN != entries_BN) if stop_targets is None else ends_BN & stop_targets
@@ -340,6 +358,19 @@ def insertion_losses(
     )
     token_BN = token_loss(head, lm_head, never_inserted, hidden_BND, sides, table, input_ids_BN, supervised_BN)
     return position_BN, token_BN, supervised_BN
+
+
+def _check_targets(targets_BN, input_ids_BN, labels_BN, never_inserted) -> None:
+    structure = torch.tensor(never_inserted, dtype=torch.long, device=input_ids_BN.device)
+    for rule, wrong_BN in (
+        ("labels must be input_ids, or -100", labels_BN != input_ids_BN),
+        (f"ids {never_inserted} are structure and never written", torch.isin(input_ids_BN, structure)),
+    ):
+        if (targets_BN & wrong_BN).any():
+            b, i = (targets_BN & wrong_BN).nonzero()[0].tolist()
+            raise ValueError(
+                f"{rule}, got label {int(labels_BN[b, i])} for id {int(input_ids_BN[b, i])} at token {i} of row {b}"
+            )
 
 
 def mean_losses(
@@ -361,8 +392,13 @@ def mean_losses(
     loss_BN = position_BN + token_BN
     if step_weights_BN is not None:
         loss_BN = loss_BN * torch.where(_text_ends(start_BN), 1.0, _of_next(step_weights_BN, 1.0))
-    loss = loss_BN.sum() / (count if num_items is None else num_items)
+    loss = loss_BN.sum() / divisor(count, num_items)
     return loss, position_BN.detach().sum() / count, token_BN.detach().sum() / count
+
+
+def divisor(count: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    """Return by what a sum of losses is divided: `num_items` where given, else `count`; at least 1."""
+    return torch.as_tensor(count if num_items is None else num_items, device=count.device).clamp_min(1)
 
 
 def _text_ends(start_BN: torch.Tensor) -> torch.Tensor:

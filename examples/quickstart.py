@@ -1,0 +1,187 @@
+"""Write between words, look at it, fine-tune, publish, load again: the whole tour on two CPU cores in under five minutes.
+
+python examples/quickstart.py
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from modeling_insnext import InsertionTrace
+from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, word_start_table
+from modeling_insnext.trainer import InsertionTrainer
+
+
+CHECKPOINT = Path(__file__).parent / "checkpoints" / "insnext-mini"
+
+RELOAD = """
+import sys
+sys.modules["modeling_insnext"] = None  # the package is out of reach: the code in the folder must do
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+out = model.generate(**model.canvas(tokenizer, keywords=["function", "argument"]), max_new_tokens=24, ebr=True)
+print(*out[0].tolist())
+"""
+
+
+def title(text: str) -> None:
+    print(f"\n=== {text}")
+
+
+def write_around_keywords(model, tokenizer) -> None:
+    title("Text around keywords: every given word survives, in order, whole")
+    for keywords in (["dog", "ball", "park"], ["old man", "sea"], ["girl", "cake", "mother"]):
+        out = model.generate(**model.canvas(tokenizer, keywords=keywords), max_new_tokens=30)
+        print(f"{keywords!s:32} {tokenizer.decode(out[0], skip_special_tokens=True)}")
+    title("The same, sampled: three texts, each row with a seed of its own")
+    canvas = model.canvas(tokenizer, keywords=["boy", "river"])
+    out = model.generate(
+        **canvas, max_new_tokens=30, do_sample=True, top_p=0.9, temperature=0.8, num_return_sequences=3, seed=1
+    )
+    print(*(f"- {text}" for text in tokenizer.batch_decode(out, skip_special_tokens=True)), sep="\n")
+
+
+def fill_gaps(model, tokenizer) -> None:
+    title("Gaps: text is written at the marks only; ___{2,5} bounds the number of tokens")
+    for text in ("The ___ man went to the ___ .", "A dog ___{2,5} in the ___{1,3} ."):
+        out = model.generate(**model.canvas(tokenizer, text), max_new_tokens=20, num_beams=4)
+        print(f"{text:40} {tokenizer.decode(out[0], skip_special_tokens=True)}")
+
+
+def show_ebr(model, tokenizer) -> None:
+    title("EBR: what it costs to encode the text anew while it grows")
+    canvas = model.canvas(tokenizer, keywords=["horse", "field", "rider"])
+    for name, options in {
+        "append-only cache": {"ebr": False},
+        "EBR, ratio 1": {"ebr": True},
+        "anew at every step": {"ebr": True, "ebr_ratio": 0},
+    }.items():
+        start = time.perf_counter()
+        out = model.generate(**canvas, max_new_tokens=40, return_dict_in_generate=True, **options)
+        seconds, written = time.perf_counter() - start, int((out.insertion_steps > 0).sum())
+        text = tokenizer.decode(out.sequences[0], skip_special_tokens=True)
+        print(
+            f"{name:20} {int(out.encoded_tokens[0]):4} tokens encoded for {written} written, {seconds:.2f} s: {text}"
+        )
+
+
+def show_trace(model, tokenizer, folder: Path) -> None:
+    title("How a text grew")
+    canvas = model.canvas(tokenizer, keywords=["cat", "window"])
+    out = model.generate(**canvas, max_new_tokens=30, ebr=True, return_dict_in_generate=True)
+    trace = InsertionTrace.from_output(out, tokenizer)
+    print(trace.text())
+    trace.save(folder / "trace.html")
+    print(f"As a page: {folder / 'trace.html'}")
+
+
+def pydoc_texts(tokenizer) -> list[dict]:
+    """Return the sentences of Python's own documentation, which every machine has."""
+    texts = []
+    for topic in sorted(topics):
+        for sentence in re.split(r"(?<=[.?!])\s+", " ".join(topics[topic].split())):
+            if re.fullmatch(r"[A-Z][a-z,;' \-]{30,160}[.?!]", sentence):
+                texts.append({"input_ids": tokenizer(sentence)["input_ids"]})
+    return texts
+
+
+def fine_tune(model, tokenizer, folder: Path, steps: int):
+    """Return the model after a few LoRA steps on Python's documentation, merged."""
+    texts = pydoc_texts(tokenizer)
+    heldout, train = texts[::8], [text for i, text in enumerate(texts) if i % 8]
+    title(f"Fine-tuning with Trainer and LoRA on pydoc_data.topics: {len(train)} sentences, {len(heldout)} held out")
+    options = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "order": {"gap_left_to_right": 0.8, "uniform": 0.2},
+        "contexts": ContextMixture(words=0.3, keywords=0.3, reencode=0.5),
+        "word_starts": word_start_table(tokenizer),
+        "token_rarity": rarity_table([text["input_ids"] for text in train], len(tokenizer)),
+    }
+    lora = LoraConfig(
+        r=16, lora_alpha=32, task_type="CAUSAL_LM", target_modules=r".*(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj)"
+    )
+    model = get_peft_model(model, lora)
+    trainer = InsertionTrainer(
+        model=model,
+        args=TrainingArguments(
+            folder / "lora",
+            use_cpu=True,
+            max_steps=steps,
+            per_device_train_batch_size=16,
+            per_device_eval_batch_size=32,
+            learning_rate=3e-3,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 10,
+            logging_steps=max(steps // 4, 1),
+            save_strategy="no",
+            prediction_loss_only=True,
+            remove_unused_columns=False,
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=train,
+        eval_dataset=heldout,
+        data_collator=InsertionCollator(**options),
+    )
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    print(f"Held-out loss: {before:.3f} before, {after:.3f} after, nats per inserted token")
+    return model.merge_and_unload()
+
+
+def publish_and_reload(model, tokenizer, folder: Path) -> None:
+    title("Saved with its code, loaded by a fresh process that does not have this package")
+    model.eval()
+    model.save_pretrained(folder / "tuned")
+    tokenizer.save_pretrained(folder / "tuned")
+    canvas = model.canvas(tokenizer, keywords=["function", "argument"])
+    here = model.generate(**canvas, max_new_tokens=24, ebr=True)[0].tolist()
+    output = subprocess.run(
+        [sys.executable, "-c", RELOAD, str(folder / "tuned")], capture_output=True, text=True, check=True, cwd=folder
+    ).stdout
+    there = [int(token) for token in output.split()]
+    print(f"Here:  {tokenizer.decode(here, skip_special_tokens=True)}")
+    print(f"There: {tokenizer.decode(there, skip_special_tokens=True)}")
+    if here != there:
+        raise SystemExit(f"the reloaded model wrote other tokens: {here} here, {there} there")
+    print("The same tokens.")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder or Hub id of an InsNeXt model")
+    parser.add_argument("--output_dir", default="runs/quickstart", help="where the page and the tuned model go")
+    parser.add_argument("--steps", type=int, default=80, help="fine-tuning steps")
+    args = parser.parse_args()
+    folder = Path(args.output_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    set_seed(0)
+    np.random.seed(0)
+    logging.disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
+    write_around_keywords(model, tokenizer)
+    fill_gaps(model, tokenizer)
+    show_ebr(model, tokenizer)
+    show_trace(model, tokenizer, folder)
+    tuned = fine_tune(model, tokenizer, folder, args.steps)
+    publish_and_reload(tuned, tokenizer, folder)
+    print(f"\nDone in {time.perf_counter() - started:.0f} s.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Every Python block of the README runs, in order, as a reader would run them."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def python_blocks(text: str) -> list[tuple[int, str]]:
+    return [
+        (text[: match.start()].count("\n") + 2, match[1]) for match in re.finditer(r"```python\n(.*?)```", text, re.S)
+    ]
+
+
+def test_the_first_python_stands_before_line_40():
+    assert python_blocks(README)[0][0] < 40
+    assert python_blocks("\n" * 50 + "```python\nx\n```")[0][0] > 40
+
+
+def test_every_block_runs(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    namespace = {}
+    for line, block in python_blocks(README.replace("runs/readme", str(tmp_path))):
+        exec(compile("\n" * (line - 1) + block, "README.md", "exec"), namespace)
+    assert "dog" in namespace["tokenizer"].decode(
+        namespace["model"].generate(
+            **namespace["model"].canvas(namespace["tokenizer"], keywords=["dog"]), max_new_tokens=3
+        )[0]
+    )
+    with pytest.raises(NameError):
+        exec(compile(python_blocks("```python\nundefined_name\n```")[0][1], "control", "exec"), {})
+
+
+def test_every_path_named_exists():
+    paths = re.findall(r"`((?:examples|modeling_insnext|tests|docs)/[\w./-]+)`|\]\((docs/[\w./-]+)\)", README)
+    missing = [path for pair in paths for path in pair if path and not (ROOT / path).exists()]
+    assert not missing
