@@ -1,4 +1,4 @@
-"""Write between words, look at it, fine-tune, publish, load again: the whole tour on two CPU cores in under five minutes.
+"""Write between words, see it grow, fine-tune, publish and load again: a tour in under five minutes on two cores.
 
 python examples/quickstart.py
 """

@@ -2,8 +2,11 @@
 
     python examples/prepare_corpus.py --data_dir DATA --output_dir data
     python examples/train_insnext_mini.py --corpus data --output_dir runs/mini --max_steps 3000
+    python examples/train_insnext_mini.py --corpus data --output_dir runs/mini2 --model_name_or_path runs/mini/final \
+        --reencode 0.9 --context_step_weight 6 --max_steps 400
 
-Interrupted, the same command goes on from the last checkpoint in `output_dir`.
+The first trains from scratch, the second goes on with more re-encoded text; the full commands, with optimiser and
+schedule, are in the checkpoint's card. Interrupted, the same command goes on from the last checkpoint in `output_dir`.
 """
 
 import json
@@ -25,6 +28,10 @@ from modeling_insnext.trainer import InsertionTrainer
 @dataclass
 class MiniArguments:
     corpus: str = field(default="data", metadata={"help": "Folder with tokenizer/, train.npz and heldout.npz."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Go on from these weights, with another mixture; the sizes below do not count."},
+    )
     hidden_size: int = 256
     num_hidden_layers: int = 4
     num_attention_heads: int = 8
@@ -40,6 +47,20 @@ class MiniArguments:
     repeat: str = field(
         default='{"commongen": 3, "stories": 3, "books": 1}',
         metadata={"help": "Times a source is seen an epoch, JSON."},
+    )
+
+
+def make_config(args, tokenizer) -> InsNextConfig:
+    return InsNextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        intermediate_size=args.intermediate_size,
+        max_position_embeddings=tokenizer.model_max_length,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
 
 
@@ -86,18 +107,10 @@ def main():
     repeat = json.loads(args.repeat)
     train = [text for text in train for _ in range(repeat[text["source"]])]
     heldout = [heldout[i] for i in np.random.default_rng(0).permutation(len(heldout))[:400]]
-    config = InsNextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_hidden_layers,
-        num_attention_heads=args.num_attention_heads,
-        intermediate_size=args.intermediate_size,
-        max_position_embeddings=tokenizer.model_max_length,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = InsNextForInsertionLM(config)
+    if args.model_name_or_path is None:
+        model = InsNextForInsertionLM(make_config(args, tokenizer))
+    else:
+        model = InsNextForInsertionLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
     print(f"{model.num_parameters():,} parameters, {sum(len(t['input_ids']) for t in train):,} tokens an epoch")
     training.remove_unused_columns = False
     trainer = InsertionTrainer(

@@ -290,8 +290,8 @@ def check_arguments(
         raise ValueError(
             f"context_length must be one integer or one for each of the {shape[0]} rows, got {context_length.tolist()}"
         )
-    if context_length is not None and not torch.compiler.is_compiling() and torch.as_tensor(context_length).min() < 0:
-        raise ValueError(f"context_length must not be negative, got {context_length}")
+    if context_length is not None and not torch.compiler.is_compiling() and torch.as_tensor(context_length).min() < 1:
+        raise ValueError(f"context_length must be at least 1 (BOS), got {context_length}")
 
 
 def check_contiguous(attention_mask_BT: torch.Tensor, may_rest: bool = False) -> None:

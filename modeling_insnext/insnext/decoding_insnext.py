@@ -63,15 +63,20 @@ def step_encoder(model, config, static: bool):
 
 
 def token_limits(model, canvas, config) -> torch.Tensor:
-    """Return how many tokens each row may write: `max_new_tokens`, or what room the model has."""
+    """Return how many tokens each row may write: `max_new_tokens` or up to `max_length`, and what the model holds."""
     given = canvas["attention_mask"].sum(1)
-    limits = torch.full_like(given, config.max_new_tokens).minimum(model.config.max_position_embeddings - given)
+    limits = model.config.max_position_embeddings - given
+    limits = (
+        limits.clamp_max(config.max_new_tokens)
+        if config.max_length is None
+        else limits.minimum(config.max_length - given)
+    )
     maxima = canvas["max_gap_tokens"]
     open_gaps = torch.zeros_like(maxima, dtype=torch.bool)
     gap_ids = torch.where(canvas["slot_mask"], canvas["gap_ids"], -1)
     for gap in range(maxima.shape[1]):
         open_gaps[:, gap] = (gap_ids == gap).any(1)
-    takes = torch.where(open_gaps, torch.where(maxima < 0, config.max_new_tokens, maxima), 0).sum(1)
+    takes = torch.where(open_gaps, torch.where(maxima < 0, limits[:, None], maxima), 0).sum(1)
     shortest = int(takes.minimum(limits).min())
     if (config.min_new_tokens or 0) > shortest:
         raise ValueError(

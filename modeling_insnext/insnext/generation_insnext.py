@@ -186,6 +186,8 @@ class InsertionGenerationMixin(GenerationMixin):
             if rest.pop(name, None) is not None:
                 raise ValueError(f"{name} needs left_to_right=True")
         check_generation_kwargs(rest, {*CANVAS_FIELDS, *config.option_names()})
+        if all(length is None for length in (kwargs.get("max_length"), self.generation_config.max_length)):
+            config.max_length = getattr(generation_config, "max_length", None)
         config.validate_for_insertion()
         canvas = self._checked_canvas(inputs, rest, config)
         processors = self._token_processors(config, logits_processor, canvas)
@@ -212,13 +214,15 @@ class InsertionGenerationMixin(GenerationMixin):
         canvas = canvas_from_ids(**fields)
         limit = self.config.max_position_embeddings
         given = int(canvas["attention_mask"].sum(1).max())
-        if config.max_new_tokens is None:
-            # as in Transformers, the default of max_length counts new tokens
-            default = config._get_default_generation_params()["max_length"]
-            config.max_new_tokens = default if config.max_length in (None, default) else config.max_length - given
-        if config.max_new_tokens < 0:
+        if config.max_new_tokens is not None:
+            config.max_length = None
+        elif config.max_length is None:
+            # as in Transformers, where nobody set a length, its default counts new tokens
+            config.max_new_tokens = config._get_default_generation_params()["max_length"]
+        elif config.max_length < given:
             raise ValueError(f"max_length must leave room for the {given} given tokens, got {config.max_length}")
-        validate_canvas(canvas, self.config.vocab_size, config.max_new_tokens, limit)
+        shortest = config.max_length - given if config.max_new_tokens is None else config.max_new_tokens
+        validate_canvas(canvas, self.config.vocab_size, shortest, limit)
         canvas.setdefault("continuation_mask", torch.zeros(self.config.vocab_size, dtype=torch.bool))
         canvas = {name: tensor.to(self.device) for name, tensor in canvas.items()}
         repeats = config.num_return_sequences if config.num_beams == 1 else 1

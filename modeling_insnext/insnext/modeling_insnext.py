@@ -201,6 +201,24 @@ class InsNextPreTrainedModel(PreTrainedModel):
                 init.normal_(linear.weight, std=std * gain)
 
 
+# what Transformers and its Trainer may pass to any model, and what this one has no use for
+PASSED_TO_ANY_MODEL = (
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "cache_position",
+    "position_ids",
+    "num_items_in_batch",
+)
+
+
+def _refuse_unknown(kwargs: dict) -> None:
+    """Raise a `TypeError` for a misspelt argument, which would otherwise do nothing."""
+    unknown = sorted(set(kwargs) - set(PASSED_TO_ANY_MODEL))
+    if unknown:
+        raise TypeError(f"forward has no argument {', '.join(map(repr, unknown))}")
+
+
 class InsNextModel(InsNextPreTrainedModel):
     """The encoder. Alone it reads its whole input as given text: every token sees every token of its row."""
 
@@ -253,6 +271,7 @@ class InsNextModel(InsNextPreTrainedModel):
             ValueError: If ids lie outside the vocabulary, the text is longer than `max_position_embeddings`, a horizon
                 lies below its query, positions of a text are tied, or the mask has holes.
         """
+        _refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
@@ -394,6 +413,8 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
         for name, tensor in supervision._asdict().items():
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"{name} must be {list(shape)}, one for each token, got {list(tensor.shape)}")
+        if labels is not None and left_to_right and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+            raise ValueError(f"labels need the logits of all tokens, got logits_to_keep={logits_to_keep}")
         if labels is not None and input_ids is None and not left_to_right:
             raise ValueError("labels of an insertion sequence need input_ids, got inputs_embeds")
         interval = self.model.checked_interval(

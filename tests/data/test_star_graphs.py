@@ -211,7 +211,7 @@ def test_a_tiny_model_learns_tiny_graphs_and_is_measured(script, tmp_path, monke
         report_to="none", disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
     model = script.train(args, training)
-    row = script.evaluate(model, args, training)
+    row = script.evaluate(model, "tiny", args, training)
     logged = row["training"]["history"]
     assert row["training"]["steps"] == 40 and logged[1]["position_loss"] < logged[0]["position_loss"]
     assert set(row["modes"]) == set(script.MODES)

@@ -70,7 +70,7 @@ INTERVALS = {
     ),
     "negative context": (
         {"positions": RANKS, "context_length": -1},
-        "context_length must not be negative, got -1",
+        r"context_length must be at least 1 \(BOS\), got -1",
     ),
     "context_length and horizon": (
         {"positions": RANKS, "context_length": 1, "horizon": rows(0, 1, 2, 3)},
@@ -282,3 +282,17 @@ def test_a_causal_interval_ignores_neither_mask_nor_context():
     """Control of the shape checks: mask and context reach the interval."""
     interval = build_interval((1, 4), CPU, attention_mask=rows(1, 1, 1, 0), context_length=2)
     assert interval.horizon_BQ.tolist() == [[1, 1, 2, 3]] and interval.start_BQ.tolist() == [[0, 0, 0, 3]]
+
+
+def test_a_misspelt_argument_of_forward_is_refused():
+    model = tiny_model()
+    with pytest.raises(TypeError, match="no argument 'positons'"):
+        model(IDS, positons=RANKS)
+    model(IDS, positions=RANKS)
+
+
+def test_labels_need_the_logits_of_all_tokens():
+    model = tiny_model()
+    with pytest.raises(ValueError, match="labels need the logits of all tokens, got logits_to_keep=1"):
+        model(IDS, labels=IDS, logits_to_keep=1)
+    model(IDS, labels=IDS)

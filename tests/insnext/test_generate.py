@@ -216,3 +216,17 @@ def test_unordered_phrases_stand_where_their_first_token_is_likeliest():
         assert MODEL._likeliest_order(BOS, phrases) == expected
         orders.add(tuple(expected))
     assert len(orders) > 4
+
+
+def test_max_length_counts_each_rows_own_tokens():
+    model = tiny_model()
+    ids, mask = torch.tensor([[1, 5, 6, 7, 8], [1, 5, 0, 0, 0]]), torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
+    given = {"input_ids": ids, "attention_mask": mask, "min_new_tokens": 2}
+    lengths = (model.generate(**given, max_length=7, return_dict_in_generate=True).insertion_steps != -2).sum(1)
+    assert lengths[0] == 7 and lengths[1] <= 7
+    alone = model.generate(ids[1:, :2], min_new_tokens=2, max_length=7)
+    assert lengths[1] == alone.shape[1]
+    exact = model.generate(ids[1:, :2], min_new_tokens=18, max_length=20)
+    assert exact.shape[1] == 20, "an explicit max_length of 20 is no default"
+    unset = model.generate(ids[1:, :2], min_new_tokens=20)
+    assert unset.shape[1] == 22, "unset, 20 new tokens"
