@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from transformers import AutoTokenizer, HfArgumentParser, StoppingCriteria
+from transformers import AutoTokenizer, CompileConfig, HfArgumentParser, StoppingCriteria
 
 from modeling_insnext import InsNextForInsertionLM
 
@@ -24,6 +24,12 @@ MODES = {
     "cache": {"ebr": False},
     "cache + EBR": {"ebr": True, "ebr_ratio": 1.0},
     "cache + EBR, window 128": {"ebr": True, "ebr_ratio": 1.0, "ebr_window": 128},
+    "cache + EBR, static, compiled": {
+        "ebr": True,
+        "ebr_ratio": 1.0,
+        "cache_implementation": "static",
+        "compile_config": CompileConfig(mode="default", dynamic=False),
+    },
     "encode anew at every step": {"ebr": True, "ebr_ratio": 0.0},
 }
 ANEW = "encode anew at every step"
@@ -68,7 +74,9 @@ def step_times(model, canvas, insertions: int, **options) -> tuple[np.ndarray, l
 def measure(model, canvas, args) -> dict:
     results = {}
     for options in MODES.values():
-        step_times(model, canvas, min(32, args.insertions), **options)
+        # a compiled step is made for one capacity, so it must be warmed up at full length
+        warm_up = args.insertions if "compile_config" in options else min(32, args.insertions)
+        step_times(model, canvas, warm_up, **options)
     runs = {name: [] for name in MODES}
     for _ in range(args.repeats):
         for name, options in MODES.items():

@@ -17,7 +17,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from modeling_insnext import InsertionTrace
 from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, word_start_table
 from modeling_insnext.trainer import InsertionTrainer
 
@@ -30,7 +29,7 @@ sys.modules["modeling_insnext"] = None  # the package is out of reach: the code 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 out = model.generate(**model.canvas(tokenizer, keywords=["function", "argument"]), max_new_tokens=24, ebr=True)
 print(*out[0].tolist())
 """
@@ -81,7 +80,7 @@ def show_trace(model, tokenizer, folder: Path) -> None:
     title("How a text grew")
     canvas = model.canvas(tokenizer, keywords=["cat", "window"])
     out = model.generate(**canvas, max_new_tokens=30, ebr=True, return_dict_in_generate=True)
-    trace = InsertionTrace.from_output(out, tokenizer)
+    trace = out.trace(tokenizer)
     print(trace.text())
     trace.save(folder / "trace.html")
     print(f"As a page: {folder / 'trace.html'}")
@@ -152,7 +151,7 @@ def publish_and_reload(model, tokenizer, folder: Path) -> None:
     output = subprocess.run(
         [sys.executable, "-c", RELOAD, str(folder / "tuned")], capture_output=True, text=True, check=True, cwd=folder
     ).stdout
-    there = [int(token) for token in output.split()]
+    there = [int(token) for token in output.splitlines()[-1].split()]
     print(f"Here:  {tokenizer.decode(here, skip_special_tokens=True)}")
     print(f"There: {tokenizer.decode(there, skip_special_tokens=True)}")
     if here != there:
@@ -164,7 +163,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder or Hub id of an InsNeXt model")
     parser.add_argument("--output_dir", default="runs/quickstart", help="where the page and the tuned model go")
-    parser.add_argument("--steps", type=int, default=80, help="fine-tuning steps")
+    parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps")
     args = parser.parse_args()
     folder = Path(args.output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Can an insertion model plan? Train small models on star graphs and count the exact answers of several ways to write.
 
     for order in uniform left_to_right; do
-      python examples/star_graphs.py --graphs easy,medium --order $order --output_dir runs/star_$order \
-        --do_train --do_eval --max_steps 2400 --per_device_train_batch_size 64 --learning_rate 5e-4
+      python examples/star_graphs.py --graphs medium --order $order --output_dir runs/star_$order \
+        --do_train --do_eval --max_steps 2700 --per_device_train_batch_size 64 --learning_rate 1e-3
     done
 
 One model learns all kinds of `--graphs`. Training writes `output_dir/final`; evaluation reads it and puts a row for
@@ -57,6 +57,7 @@ class StarArguments:
     num_hidden_layers: int = 6
     num_attention_heads: int = 4
     intermediate_size: int = 320
+    initializer_range: float = 0.02
     train_size: int = field(default=50_000, metadata={"help": "Graphs of each kind to train on."})
     test_size: int = field(default=1000, metadata={"help": "Graphs of each kind to test on."})
     results: str = field(default="examples/results/star_graphs.json", metadata={"help": "Where results are gathered."})
@@ -71,7 +72,7 @@ def make_model(specs: list[StarGraphSpec], args: StarArguments) -> InsNextForIns
             num_attention_heads=args.num_attention_heads,
             intermediate_size=args.intermediate_size,
             max_position_embeddings=max(spec.max_tokens for spec in specs),
-            initializer_range=args.hidden_size**-0.5,
+            initializer_range=args.initializer_range,
             pad_token_id=PAD,
             bos_token_id=BOS,
             eos_token_id=EOS,
@@ -95,7 +96,7 @@ def train(args: StarArguments, training: TrainingArguments) -> InsNextForInserti
         data_collator=make_collator(args.order, args.reencode, training.seed),
     )
     started = time.time()
-    trainer.train()
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     record = {
         "command": command(),
         "steps": trainer.state.global_step,
@@ -243,14 +244,17 @@ def evaluate(model, kind: str, args: StarArguments, training: TrainingArguments)
         "machine": f"{platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
     }  # fmt: skip
     log = Path(training.output_dir, "final", "training.json")
-    return {**row, "training": json.loads(log.read_text())} if log.is_file() else row
+    return {**row, "training": json.loads(log.read_text())}
+
+
+def row_key(row: dict) -> tuple:
+    return row["graphs"], row["training"]["trained_on"], row["order"] != "uniform"
 
 
 def save_results(row: dict, path: Path) -> None:
-    """Put a row into the results, in the place of an older one of the same graphs and order, and write the table."""
+    """Put a row into the results, in the place of an older one of the same kind, and write the tables."""
     rows = json.loads(path.read_text()) if path.is_file() else []
-    rows = [old for old in rows if (old["graphs"], old["order"]) != (row["graphs"], row["order"])] + [row]
-    rows.sort(key=lambda row: (row["graphs"], row["order"] != "uniform"))
+    rows = sorted([old for old in rows if row_key(old) != row_key(row)] + [row], key=row_key)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(rows, indent=1))
     write_atomically(path.with_suffix(".md"), markdown(rows))
@@ -262,34 +266,32 @@ def markdown(rows: list[dict]) -> str:
         "# Star graphs", "",
         "Shares of test graphs, greedy decoding; chance at the fork is 1 / degree. Made by `examples/star_graphs.py`.",
         "",
-        "| graphs | order | decoding | exact | right at the fork | another arm | encoded per written token |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| graphs | trained on | order | decoding | exact | right at the fork | another arm | encoded per token |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
+    names = {id(row): f"| {row['graphs']} | {row['training']['trained_on']} | {row['order']} |" for row in rows}
     for row in rows:
         for mode, shares in row["modes"].items():
             shown = " | ".join(f"{100 * shares[name]:.1f} %" for name in ("exact", "fork", "wrong_arm"))
-            cost = shares["encoded_per_written"]
-            lines.append(f"| {row['graphs']} | {row['order']} | {mode} | {shown} | {cost:.1f} |")
+            lines.append(f"{names[id(row)]} {mode} | {shown} | {shares['encoded_per_written']:.1f} |")
     lines += [
         "", "Nats of the next decision, from the same partly written texts (one token or more written).", "",
-        "| graphs | order | encoding | position | token | STOP |", "| --- | --- | --- | --- | --- | --- |",
+        "| graphs | trained on | order | encoding | position | token | STOP |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for row in rows:
         for mode, losses in row["next_insertion"].items():
             shown = " | ".join(f"{loss:.3f}" for loss in losses.values())
-            lines.append(f"| {row['graphs']} | {row['order']} | {mode} | {shown} |")
+            lines.append(f"{names[id(row)]} {mode} | {shown} |")
     lines += [
-        "", "| graphs | order | parameters | steps | batch | minutes | test graphs | machine |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "", "| graphs | trained on | order | parameters | steps | batch | minutes | test graphs | machine |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]  # fmt: skip
     for row in rows:
-        run = row.get("training", {})
-        size = f"{row['parameters']:,} | {run.get('steps', '')} | {run.get('batch_size', '')}"
-        minutes = f"{run.get('seconds', 0) / 60:.0f}"
-        lines.append(
-            f"| {row['graphs']} | {row['order']} | {size} | {minutes} | {row['test_size']:,} | {row['machine']} |"
-        )
-    commands = [run["command"] for row in rows if (run := row.get("training"))]
+        run = row["training"]
+        size = f"{row['parameters']:,} | {run['steps']} | {run['batch_size']} | {run['seconds'] / 60:.0f}"
+        lines.append(f"{names[id(row)]} {size} | {row['test_size']:,} | {row['machine']} |")
+    commands = dict.fromkeys(row["training"]["command"] for row in rows)
     return "\n".join([*lines, "", "```", *commands, "```", ""])
 
 

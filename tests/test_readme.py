@@ -24,7 +24,7 @@ def test_the_first_python_stands_before_line_40():
 def test_every_block_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     namespace = {}
-    for line, block in python_blocks(README.replace("runs/readme", str(tmp_path))):
+    for line, block in python_blocks(README.replace("runs/", f"{tmp_path}/")):
         exec(compile("\n" * (line - 1) + block, "README.md", "exec"), namespace)
     assert "dog" in namespace["tokenizer"].decode(
         namespace["model"].generate(

@@ -53,11 +53,12 @@ class TokenRules(NamedTuple):
 
 
 def step_encoder(model, config, static: bool):
-    """Return what encodes a step: compiled on GPUs with a static cache, as Transformers does, else the base model."""
-    if not static or model.device.type != "cuda" or config.disable_compile:
+    """Return what encodes single tokens: compiled with a static cache, on GPUs or if a `compile_config` asks for it."""
+    asked = config.compile_config is not None
+    if not static or config.disable_compile or not (asked or model.device.type == "cuda"):
         return model.model
     if not hasattr(model, "_compiled_encoder"):
-        options = {} if config.compile_config is None else config.compile_config.to_dict()
+        options = config.compile_config.to_dict() if asked else {}
         model._compiled_encoder = torch.compile(model.model, **options)
     return model._compiled_encoder
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from generation_twins import BOS, PAD, TextTwin, canvas_of, tiny_model
 from test_sampling import MODEL, PROMPT, Watch, run, written
-from transformers import GenerationConfig, StoppingCriteria, TextStreamer
+from transformers import CompileConfig, GenerationConfig, StoppingCriteria, TextStreamer
 
 from modeling_insnext.insnext.generation_configuration_insnext import InsertionGenerationConfig
 
@@ -230,3 +230,15 @@ def test_max_length_counts_each_rows_own_tokens():
     assert exact.shape[1] == 20, "an explicit max_length of 20 is no default"
     unset = model.generate(ids[1:, :2], min_new_tokens=20)
     assert unset.shape[1] == 22, "unset, 20 new tokens"
+
+
+@pytest.mark.slow
+def test_a_compiled_step_writes_the_same_text():
+    model = tiny_model()
+    given = {"inputs": torch.tensor([[1, 5, 6], [1, 7, 8]]), "max_new_tokens": 12, "min_new_tokens": 12, "ebr": True}
+    plain = model.generate(**given, cache_implementation="static")
+    compiled = model.generate(
+        **given, cache_implementation="static", compile_config=CompileConfig(mode="default", dynamic=False)
+    )
+    assert torch.equal(plain, compiled) and hasattr(model, "_compiled_encoder")
+    assert not torch.equal(plain, model.generate(**{**given, "min_new_tokens": 11, "max_new_tokens": 11}))
