@@ -53,7 +53,7 @@ class TokenRules(NamedTuple):
 
 
 def step_encoder(model, config, static: bool):
-    """Return what encodes single tokens: compiled with a static cache, on GPUs or if a `compile_config` asks for it."""
+    """Return what encodes single tokens: compiled with a static cache, on GPUs or if a `compile_config` asks."""
     asked = config.compile_config is not None
     if not static or config.disable_compile or not (asked or model.device.type == "cuda"):
         return model.model
