@@ -6,15 +6,12 @@ The same model writes the same number of tokens greedily from one keyword in eac
 STOP is barred until the last token. Times are wall-clock, by step.
 """
 
-import json
-import platform
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
-import transformers
+from report import environment, write_report
 from transformers import AutoTokenizer, CompileConfig, HfArgumentParser, StoppingCriteria
 
 from modeling_insnext import InsNextForInsertionLM
@@ -110,8 +107,7 @@ def markdown(report: dict) -> str:
         cells = [name, f"{row['total_s']:.2f}", *(f"{ms:.2f}" for ms in row["ms_by_n"].values())]
         cells += [str(row["ebr_steps"]), f"{row['ebr_share']:.1%}", f"{row['speed_up']:.1f}x"]
         lines.append("| " + " | ".join(cells) + " |")
-    environment = ", ".join(f"{key} {value}" for key, value in report["environment"].items())
-    return "\n".join([*lines, "", f"`{report['command']}`; {environment}", ""])
+    return "\n".join(lines)
 
 
 def main():
@@ -120,26 +116,12 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = InsNextForInsertionLM.from_pretrained(args.model, dtype=torch.float32).eval()
     canvas = model.canvas(tokenizer, keywords=["sea"])
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if "model name" in line), "unknown")
     report = {
         "command": f"python examples/benchmark_generation.py --insertions {args.insertions}",
         "modes": measure(model, canvas, args),
-        "environment": {
-            "CPU": cpu,
-            "threads": args.threads,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "parameters": f"{model.num_parameters():,}",
-            "date": time.strftime("%Y-%m-%d"),
-        },
+        "environment": environment(threads=args.threads, parameters=f"{model.num_parameters():,}"),
     }
-    for suffix, text in ((".json", json.dumps(report, indent=1)), (".md", markdown(report))):
-        path = Path(args.output + suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(suffix + ".tmp").write_text(text, encoding="utf-8")
-        path.with_suffix(suffix + ".tmp").replace(path)
-    print(markdown(report))
+    write_report(args.output, report, markdown(report))
 
 
 if __name__ == "__main__":

@@ -10,17 +10,15 @@
 """
 
 import json
-import platform
 import re
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import sacrebleu
 import torch
-import transformers
 from prepare_corpus import load_texts
+from report import environment, write_report
 from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 
@@ -140,8 +138,7 @@ def markdown(results: dict) -> str:
     for mode, row in results["writing"].items():
         bleu = f"{row['bleu']:.2f} ± {row['bleu_interval']:.2f}"
         lines.append(f"| {mode} | {row['coverage']:.1%} | {bleu} | {row['encoded_per_written']:.2f} |")
-    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
-    return "\n".join([*lines, "", f"`{results['command']}`; {environment}", ""])
+    return "\n".join(lines)
 
 
 def main():
@@ -170,18 +167,8 @@ def main():
         results["writing"][mode] = write_concepts(
             model, tokenizer, rows[: args.concept_sets], args.batch_size, **options
         )
-    results["environment"] = {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "threads": args.threads,
-    }
-    for suffix, text in ((".json", json.dumps(results, indent=1)), (".md", markdown(results))):
-        path = Path(args.output + suffix)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(suffix + ".tmp").write_text(text, encoding="utf-8")
-        path.with_suffix(suffix + ".tmp").replace(path)
-    print(markdown(results))
+    results["environment"] = environment(threads=args.threads)
+    write_report(args.output, results, markdown(results))
 
 
 if __name__ == "__main__":

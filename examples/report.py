@@ -1,0 +1,37 @@
+"""What the measuring scripts of this folder share: where a figure was made, and writing it down."""
+
+import json
+import platform
+import time
+from pathlib import Path
+
+import torch
+import transformers
+
+
+def environment(**more) -> dict:
+    """Return the processor, the versions and the day that figures belong to, with `more` in front."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    return {
+        "CPU": cpu,
+        **more,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write_report(output: str, report: dict, table: str) -> None:
+    """Write `output`.json and, with the command and the environment below the table, `output`.md; each in one move."""
+    facts = ", ".join(f"{key} {value}" for key, value in report["environment"].items())
+    text = f"{table}\n\n`{report['command']}`; {facts}\n"
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    for suffix, content in ((".json", json.dumps(report, indent=1)), (".md", text)):
+        temporary = Path(f"{output}{suffix}.tmp")
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(f"{output}{suffix}")
+    print(text)
