@@ -53,14 +53,20 @@ class TokenRules(NamedTuple):
 
 
 def step_encoder(model, config, static: bool):
-    """Return what encodes single tokens: compiled with a static cache, on GPUs or if a `compile_config` asks."""
+    """Return what encodes: with a static cache, on GPUs or if a `compile_config` asks, single tokens run compiled."""
     asked = config.compile_config is not None
     if not static or config.disable_compile or not (asked or model.device.type == "cuda"):
         return model.model
     if not hasattr(model, "_compiled_encoder"):
         options = config.compile_config.to_dict() if asked else {}
         model._compiled_encoder = torch.compile(model.model, **options)
-    return model._compiled_encoder
+
+    def encode(input_ids, **kwargs):
+        # blocks have a length of their own each time, which would be compiled anew
+        encoder = model._compiled_encoder if input_ids.shape[1] == 1 else model.model
+        return encoder(input_ids=input_ids, **kwargs)
+
+    return encode
 
 
 def token_limits(model, canvas, config) -> torch.Tensor:

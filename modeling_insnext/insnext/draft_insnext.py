@@ -27,7 +27,7 @@ class Draft:
         canvas: Complete, checked canvas (see canvas_insnext), text order, right-padded.
         capacity: Most tokens a row may ever hold.
         static: Whether the cache has one shape for good (`cache_implementation="static"`).
-        encoder: What encodes single tokens: the model's base model, or a compiled form of it.
+        encoder: What encodes: the model's base model, or a compiled form of it.
 
     Attributes:
         ids: int64 `[R, C + 1]`, tokens in insertion order.
@@ -203,8 +203,7 @@ class Draft:
         if positions.shape[1] < cache.key_length(Q):
             positions = torch.nn.functional.pad(positions, (0, cache.key_length(Q) - positions.shape[1]))
         interval = Interval(positions, start, horizon, entries)
-        encoder = self.encoder if Q == 1 else self.model.model
-        hidden = encoder(
+        hidden = self.encoder(
             input_ids=ids, past_key_values=cache, interval=interval, advance_cache=False
         ).last_hidden_state
         last = torch.minimum(offset, (counts - 1).clamp_min(0)[:, None])
