@@ -59,7 +59,8 @@ def step_encoder(model, config, static: bool):
         return model.model
     if not hasattr(model, "_compiled_encoder"):
         options = config.compile_config.to_dict() if asked else {}
-        model._compiled_encoder = torch.compile(model.model, **options)
+        # set past nn.Module, which would take it for a submodule and save it
+        object.__setattr__(model, "_compiled_encoder", torch.compile(model.model, **options))
 
     def encode(input_ids, **kwargs):
         # blocks have a length of their own each time, which would be compiled anew

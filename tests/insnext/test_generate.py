@@ -241,4 +241,5 @@ def test_a_compiled_step_writes_the_same_text():
         **given, cache_implementation="static", compile_config=CompileConfig(mode="default", dynamic=False)
     )
     assert torch.equal(plain, compiled) and hasattr(model, "_compiled_encoder")
+    assert not any("_compiled" in name for name in model.state_dict())
     assert not torch.equal(plain, model.generate(**{**given, "min_new_tokens": 11, "max_new_tokens": 11}))
