@@ -163,7 +163,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder or Hub id of an InsNeXt model")
     parser.add_argument("--output_dir", default="runs/quickstart", help="where the page and the tuned model go")
-    parser.add_argument("--steps", type=int, default=200, help="fine-tuning steps")
+    parser.add_argument("--steps", type=int, default=100, help="fine-tuning steps")
     args = parser.parse_args()
     folder = Path(args.output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
