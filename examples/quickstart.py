@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
@@ -169,7 +168,6 @@ def main():
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     set_seed(0)
-    np.random.seed(0)
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
     model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()

@@ -200,21 +200,6 @@ def canvas_from_ids(
     return canvas
 
 
-def continuation_canvas(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:
-    """Return the canvas of a prompt that grows at its right end only.
-
-    Args:
-        input_ids: `[B, T]`, padded on either side.
-        attention_mask: `[B, T]`, 1 on tokens; None: no pads.
-
-    Raises:
-        ValueError: If a row is empty or its tokens are not contiguous.
-    """
-    return canvas_from_ids(input_ids, attention_mask)
-
-
 def validate_canvas(
     canvas: Mapping[str, torch.Tensor],
     vocab_size: int | None = None,
@@ -515,6 +500,5 @@ def _check_bounds(canvas: Mapping[str, torch.Tensor], max_new_tokens: int | None
 __all__ = [
     "build_canvas",
     "canvas_from_ids",
-    "continuation_canvas",
     "validate_canvas",
 ]

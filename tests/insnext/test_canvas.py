@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 from modeling_insnext.insnext.canvas_insnext import (
     build_canvas,
     canvas_from_ids,
-    continuation_canvas,
     validate_canvas,
 )
 from modeling_insnext.insnext.word_pieces_insnext import continuation_mask_of
@@ -316,14 +315,14 @@ def ragged():
 
 def test_a_prompt_opens_only_the_slot_at_its_end_whatever_its_padding():
     ids, attention_mask = ragged()
-    canvas = continuation_canvas(ids, attention_mask)
+    canvas = canvas_from_ids(ids, attention_mask)
     assert canvas["input_ids"].tolist() == [[5, 6, 9, 9], [7, 8, 6, 9], [1, 2, 9, 9]]
     assert canvas["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]]
     assert canvas["gap_ids"].tolist() == [[-1, 0, -1, -1], [-1, -1, 0, -1], [-1, 0, -1, -1]]
     assert torch.equal(canvas["slot_mask"], canvas["gap_ids"] >= 0)
     assert canvas["min_gap_tokens"].tolist() == [[0]] * 3 and canvas["max_gap_tokens"].tolist() == [[-1]] * 3
     validate_canvas(canvas, vocab_size=10)
-    assert continuation_canvas(ids)["slot_mask"].tolist() == [[False, False, False, True]] * 3
+    assert canvas_from_ids(ids)["slot_mask"].tolist() == [[False, False, False, True]] * 3
 
 
 def test_slots_move_with_their_tokens():
