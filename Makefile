@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: venv demo test lint format slow clean
+.PHONY: venv demo test lint format slow gpu clean
 
 venv: $(STAMP)
 
@@ -34,6 +34,10 @@ test: lint
 
 slow: $(STAMP)
 	$(PYTEST) -m slow
+
+# on a machine with a GPU, PyTorch, Triton, Transformers and pytest: tests and benchmarks, nothing is installed
+gpu:
+	$(PYTHON) kernels/benchmarks/run.py $(if $(OUT),--out "$(OUT)")
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -9,19 +9,20 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "modeling_insnext" / "__i
     1
 ]
 
-PACKAGES = ["modeling_insnext", "modeling_insnext.insnext", "modeling_insnext.data"]
+PACKAGES = ["modeling_insnext", "modeling_insnext.insnext", "modeling_insnext.drt", "modeling_insnext.data"]
 PACKAGE_DIR = {"modeling_insnext": "modeling_insnext"}
 # the folder kernels/ itself is no package: one named `kernels` would shadow the library that transformers imports
 if (HERE / "kernels" / "insnext_kernels").is_dir():
     PACKAGES += find_packages("kernels")
     PACKAGE_DIR["insnext_kernels"] = "kernels/insnext_kernels"
 
+TRITON = ["triton>=3.5; platform_system == 'Linux'"]
 TRAIN = ["accelerate", "datasets", "evaluate", "matplotlib", "peft", "sacrebleu", "tqdm"]
 
 setup(
     name="modeling-insnext",
     version=VERSION,
-    description="Insertion language models for Hugging Face Transformers",
+    description="Insertion and retrieval language models for Hugging Face Transformers",
     long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -38,7 +39,8 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
-        "triton": ["triton>=3.5; platform_system == 'Linux'"],
-        "test": [*TRAIN, "hypothesis", "pytest>=9", "pytest-xdist", "ruff"],
+        "faiss": ["faiss-cpu"],
+        "triton": TRITON,
+        "test": [*TRAIN, *TRITON, "faiss-cpu", "hypothesis", "pytest>=9", "pytest-xdist", "ruff"],
     },
 )

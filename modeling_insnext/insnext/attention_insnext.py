@@ -32,6 +32,7 @@ from transformers.integrations.flex_attention import compile_friendly_flex_atten
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from .cache_insnext import InsertionCache
+from .kernels_insnext import prepare_triton, triton_attention
 
 
 class Interval(NamedTuple):
@@ -192,6 +193,9 @@ def register_interval_backend(name: str, prepare: Callable, attend: Callable) ->
     AttentionInterface.register(name, attend)
     AttentionMaskInterface.register(name, AttentionMaskInterface()["eager"])
     INTERVAL_BACKENDS[name] = IntervalBackend(prepare, attend)
+
+
+register_interval_backend("insnext_triton", prepare_triton, triton_attention)
 
 
 def interval_backend(name: str) -> IntervalBackend:

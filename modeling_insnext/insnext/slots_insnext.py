@@ -30,6 +30,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 
+try:
+    from insnext_kernels import slot_cross_entropy
+except ImportError:
+    slot_cross_entropy = None
+
+
 HARD, MISSING_UNITS, UNFINISHED_GAPS = 0, 1, 2
 STATES_PER_CHUNK = 512
 TOKENS_PER_CHUNK = 2048
@@ -187,6 +193,7 @@ class InsNextSlotHead(nn.Module):
     def __init__(self, config):
         super().__init__()
         D = config.hidden_size
+        self.config = config
         self.left_proj = nn.Linear(D, D, bias=False)
         self.right_proj = nn.Linear(D, D, bias=False)
         self.state_proj = nn.Linear(D, D, bias=False)
@@ -245,6 +252,8 @@ def position_loss(
 ) -> torch.Tensor:
     """Return -log p(slot or STOP) of every state, `[B, N]`, 0 where the state decides nothing that is supervised.
 
+    With `attn_implementation="insnext_triton"` a kernel scores the slots tile by tile; it is the same function.
+
     Args:
         head: The model's slot head.
         hidden_BND: Hidden states of the entries.
@@ -275,11 +284,36 @@ def position_loss(
         soft = -(weight * log_p.nan_to_num(neginf=0.0)).sum(2) / weight.sum(2).clamp_min(1)
         return torch.where(kind.squeeze(2) == HARD, loss, soft)
 
-    query_BND = head.query_proj(hidden_BND)
+    query_BND, keys_BSD = head.query_proj(hidden_BND), head.key_proj(slots_BSD)
+    if head.config._attn_implementation == "insnext_triton":
+        target_BN = torch.where(supervised_BN | stops_BN, target_BN, -1)
+        return _streamed_loss(head, query_BND, keys_BSD, table, start_BN, target_BN, missing_BS, kinds_BN)
     slices = [slice(i, min(i + STATES_PER_CHUNK, N)) for i in range(0, N, STATES_PER_CHUNK)]
     chunks = [(query_BND[:, states], target_BN[:, states], states) for states in slices]
-    loss_BN = torch.cat(_chunked(states_loss, chunks, head.key_proj(slots_BSD)), 1)
+    loss_BN = torch.cat(_chunked(states_loss, chunks, keys_BSD), 1)
     return torch.where(supervised_BN | stops_BN, loss_BN, 0.0)
+
+
+def _streamed_loss(head, query_BND, keys_BSD, table, start_BN, target_BN, missing_BS, kinds_BN):
+    N = start_BN.shape[1]
+    entry_BN = torch.arange(N, device=start_BN.device).expand_as(start_BN)
+    # a slot into which nothing is written lives to the end of its text
+    end_BN = torch.zeros_like(start_BN).scatter_reduce(1, start_BN, entry_BN + 1, "amax")
+    end_BS = end_BN.gather(1, start_BN.gather(1, table.left_BS.clamp_min(0)))
+    dies_BS = torch.where(table.left_BS >= 0, torch.minimum(table.dies_BS, end_BS), 0)
+    return slot_cross_entropy(
+        query_BND,
+        keys_BSD,
+        head.stop_key.to(query_BND.dtype),
+        table.born_BS,
+        dies_BS,
+        target_BN,
+        missing_BS,
+        kinds_BN,
+        cap=head.cap,
+        scale=head.scaling,
+        impl="triton",
+    )
 
 
 def token_loss(

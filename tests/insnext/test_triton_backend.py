@@ -1,0 +1,268 @@
+"""`attn_implementation="insnext_triton"`: the model of `eager`, natively on a GPU, in the interpreter without."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import BOS, build_row, random_ids, random_text, relative_error, tiny_model
+
+import insnext_kernels
+import modeling_insnext.insnext.kernels_insnext as kernels_insnext
+from modeling_insnext import InsNextForInsertionLM, InsNextModel
+
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+CASES = {
+    "context": lambda: [build_row([[[0, 1, 2], [1], [4], [2]]])],
+    "blocks": lambda: [build_row([[[0, 1, 1], [2], [1, 3], [2, 2, 2], [1]]])],
+    "packed and padded": lambda: [
+        build_row([[[0, 1], [1]], [[0], [1], [1], [1, 2]], [[0]]], pads=2),
+        build_row([[[0], [1], [1], [2]]], pads=7),
+    ],
+}
+
+
+def batch(case):
+    rows = CASES[case]()
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.cat([random_ids(row, generator) for row in rows])
+    positions, start, horizon = (torch.cat(parts) for parts in zip(*(row.tensors() for row in rows), strict=True))
+    inputs = {"input_ids": ids, "positions": positions, "start": start, "horizon": horizon}
+    return {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+
+
+def model_of(attn, dtype=torch.float32, model_class=InsNextForInsertionLM, **overrides):
+    return tiny_model(model_class, dtype, attn=attn, **overrides).to(DEVICE)
+
+
+def trained(attn, dtype, inputs, checkpointing=False, **overrides):
+    """Return hidden states and the gradient of every parameter."""
+    model = model_of(attn, dtype, **overrides)
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable()
+    out = model(**inputs, labels=inputs["input_ids"])
+    out.loss.backward()
+    with torch.no_grad():
+        hidden = model.model(**inputs, is_causal=True).last_hidden_state
+    return {"hidden": hidden, **{name: p.grad for name, p in model.named_parameters()}}
+
+
+def assert_as_accurate(ours, twin, exact):
+    """Check that our worst tensor is at most twice as wrong as the twin's worst; single small ones may be lucky."""
+    assert ours.keys() == twin.keys() == exact.keys()
+    worst, budget = (max(relative_error(x[name], exact[name]) for name in exact) for x in (ours, twin))
+    assert worst <= 2 * budget + torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("heads", [{}, {"num_key_value_heads": 2}], ids=["multi-head", "grouped"])
+@pytest.mark.parametrize("case", CASES)
+def test_states_and_every_gradient_are_as_accurate_as_those_of_eager(case, heads):
+    inputs = batch(case)
+    exact = trained("eager", torch.float64, inputs, **heads)
+    twin = trained("eager", torch.float32, inputs, **heads)
+    assert_as_accurate(trained("insnext_triton", torch.float32, inputs, **heads), twin, exact)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    inputs = batch("packed and padded")
+    plain = trained("insnext_triton", torch.float32, inputs)
+    again = trained("insnext_triton", torch.float32, inputs, checkpointing=True)
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_longer_texts_than_a_tile_with_a_context():
+    ids, positions = (x.to(DEVICE) for x in random_text(90, 20, torch.Generator().manual_seed(1)))
+    inputs = {"input_ids": ids, "positions": positions, "context_length": 20}
+    exact, twin = (trained("eager", dtype, inputs) for dtype in (torch.float64, torch.float32))
+    assert_as_accurate(trained("insnext_triton", torch.float32, inputs), twin, exact)
+
+
+@pytest.mark.parametrize("rule", ["horizon", "positions", "start"])
+def test_a_broken_rule_is_far_outside_the_budget(rule):
+    inputs = batch("context" if rule == "horizon" else "packed and padded")
+
+    def encode(**inputs):
+        with torch.no_grad():
+            return model_of("insnext_triton", model_class=InsNextModel)(**inputs).last_hidden_state
+
+    right = encode(**inputs)
+    if rule == "horizon":
+        inputs["horizon"] = (inputs["horizon"] + 1).clamp_max(inputs["horizon"].shape[1] - 1)
+    elif rule == "positions":
+        inputs["positions"] = -inputs["positions"]
+    else:
+        inputs["start"] = torch.zeros_like(inputs["start"])
+        inputs["positions"] = torch.arange(inputs["positions"].shape[1], device=DEVICE).expand_as(inputs["positions"])
+    assert relative_error(encode(**inputs), right) > 1e-2
+
+
+GENERATION = {
+    "plain": {},
+    "ebr": {"ebr": True, "ebr_ratio": 0.5},
+    "ebr at every step": {"ebr": True, "ebr_ratio": 0},
+    "ebr window": {"ebr": True, "ebr_ratio": 0.5, "ebr_window": 4},
+    "static cache": {"cache_implementation": "static"},
+    "static cache with ebr": {"cache_implementation": "static", "ebr": True, "ebr_ratio": 0.5},
+    "parallel slots": {"parallel_slots": 2},
+    "beams": {"num_beams": 2},
+    "left to right": {"left_to_right": True, "do_sample": False},
+}
+
+
+@pytest.mark.parametrize("options", GENERATION.values(), ids=GENERATION)
+def test_generation_writes_the_texts_of_eager(options):
+    ids = torch.tensor([[BOS, 5, 6, 7], [BOS, 8, 9, 10]], device=DEVICE)
+    texts = {}
+    for attn in ("eager", "insnext_triton"):
+        model = model_of(attn)
+        given = {"min_new_tokens": 8} if "left_to_right" not in options else {}
+        texts[attn] = model.generate(ids, max_new_tokens=8, **given, **options)
+    assert torch.equal(texts["eager"], texts["insnext_triton"])
+    # control: other weights write another text
+    assert not torch.equal(model_of("eager", seed=1).generate(ids, max_new_tokens=8, **options), texts["eager"])
+
+
+def test_a_ragged_batch_writes_what_eager_writes():
+    ids = torch.tensor([[BOS, 5, 6, 7], [BOS, 8, 0, 0]], device=DEVICE)
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], device=DEVICE)
+    options = {"attention_mask": mask, "max_new_tokens": 8, "min_new_tokens": 8, "ebr": True}
+    texts = [model_of(attn).generate(ids, **options) for attn in ("eager", "insnext_triton")]
+    assert torch.equal(*texts)
+
+
+def test_the_table_is_made_once_a_forward_pass(monkeypatch):
+    calls = []
+    make = kernels_insnext.offset_table
+    monkeypatch.setattr(
+        kernels_insnext, "offset_table", lambda *args, **kwargs: calls.append(1) or make(*args, **kwargs)
+    )
+    with torch.no_grad():
+        model_of("insnext_triton", num_hidden_layers=3)(**batch("context"))
+    assert len(calls) == 1
+
+
+def test_it_compiles_as_one_graph():
+    inputs = batch("context")
+    model = model_of("insnext_triton", model_class=InsNextModel)
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert relative_error(compiled(**inputs).last_hidden_state, expected) < 1e-5
+
+
+def test_it_can_be_chosen_at_load_and_switched_to(tmp_path, monkeypatch):
+    calls = []
+    attend = kernels_insnext.insertion_attention
+    monkeypatch.setattr(
+        kernels_insnext, "insertion_attention", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs)
+    )
+    model_of("eager").save_pretrained(tmp_path)
+    ids = torch.tensor([[BOS, 5, 6]], device=DEVICE)
+    model = InsNextForInsertionLM.from_pretrained(tmp_path, attn_implementation="insnext_triton").to(DEVICE).eval()
+    with torch.no_grad():
+        model(ids)
+        assert len(calls) == 2
+        model.set_attn_implementation("eager")
+        model(ids)
+        assert len(calls) == 2
+        model.set_attn_implementation("insnext_triton")
+        model(ids)
+    assert len(calls) == 4
+
+
+IDS = torch.tensor([[BOS, 5, 6]], device=DEVICE)
+
+
+def test_float64_is_refused():
+    with pytest.raises(ValueError, match='"insnext_triton" needs float32, float16 or bfloat16, got torch.float64'):
+        model_of("insnext_triton", torch.float64)(IDS)
+
+
+def test_a_wide_head_is_refused():
+    model = model_of("insnext_triton", hidden_size=144, num_attention_heads=1)
+    with pytest.raises(ValueError, match="head dim of at most 128, got 144"):
+        model(IDS)
+
+
+def test_dropout_is_refused_in_training_only():
+    model = model_of("insnext_triton", attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match="insnext_triton has no dropout, got attention_dropout=0.1"):
+        model(IDS)
+    with torch.no_grad():
+        assert model.eval()(IDS).logits.isfinite().any()
+
+
+def test_sinusoidal_positions_are_refused():
+    model = model_of("insnext_triton", position_encoding="sinusoidal")
+    with pytest.raises(ValueError, match="sinusoidal.*eager or sdpa, got 'insnext_triton'"):
+        model(IDS)
+
+
+def test_attention_weights_are_refused():
+    with pytest.raises(ValueError, match="no attention weights to return, got output_attentions=True"):
+        model_of("insnext_triton")(IDS, output_attentions=True)
+
+
+def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match='impl="triton" needs a GPU, or TRITON_INTERPRET=1.*cpu'):
+        model_of("insnext_triton").cpu()(IDS.cpu())
+
+
+def test_without_the_kernels_it_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(kernels_insnext, "insertion_attention", None)
+    with pytest.raises(
+        ImportError, match='"insnext_triton" needs the package insnext_kernels, which is not installed'
+    ):
+        model_of("insnext_triton")(IDS)
+
+
+CLEAN = """
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class Hidden(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in sys.argv[2].split(","):
+            raise ImportError(f"{name} is hidden")
+
+
+sys.meta_path.insert(0, Hidden())
+import torch
+from transformers import AutoModelForCausalLM
+
+ids = torch.tensor([[1, 5, 6]])
+eager, triton = (
+    AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, attn_implementation=name)
+    for name in ("eager", "insnext_triton")
+)
+with torch.no_grad():
+    print("EAGER", eager(ids).logits.isfinite().any().item())
+    try:
+        difference = (triton(ids).logits.exp() - eager(ids).logits.exp()).abs().max().item()
+        print("TRITON", difference < 1e-4)
+    except ImportError as error:
+        print("TRITON", error)
+"""
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="runs in the interpreter, on a CPU")
+@pytest.mark.parametrize("installed", [False, True])
+def test_a_saved_folder_loads_with_and_without_the_kernels(tmp_path, installed):
+    model_of("eager").save_pretrained(tmp_path / "model")
+    hidden = "modeling_insnext" if installed else "modeling_insnext,insnext_kernels"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = str(Path(insnext_kernels.__file__).parents[1])
+    command = [sys.executable, "-c", CLEAN, str(tmp_path / "model"), hidden]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "EAGER True" in done.stdout
+    assert ("TRITON True" if installed else "TRITON attn_implementation=") in done.stdout
+    assert ("needs the package insnext_kernels, which is not installed" in done.stdout) == (not installed)
