@@ -1,5 +1,6 @@
-"""Insertion language models for Hugging Face Transformers. Importing it registers the Auto classes."""
+"""Insertion and retrieval language models for Transformers. Importing it registers the Auto classes."""
 
+from .drt import ChunkMemoryCache, DrtConfig, DrtForCausalLM, DrtForSequenceClassification, DrtModel
 from .insnext import (
     InsertionCache,
     InsertionGenerationConfig,
@@ -16,6 +17,11 @@ from .insnext import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChunkMemoryCache",
+    "DrtConfig",
+    "DrtForCausalLM",
+    "DrtForSequenceClassification",
+    "DrtModel",
     "InsNextConfig",
     "InsNextForInsertionLM",
     "InsNextForMultipleChoice",

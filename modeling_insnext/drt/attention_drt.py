@@ -1,0 +1,212 @@
+"""Sliding-window attention with ALiBi, and the backends that compute it.
+
+Shape suffixes: B rows, H query heads, G key heads, L new slots, K = M + L keys (M remembered, then the new ones), D
+head width. Window w counts the token itself: query i (key number M + i) sees the keys j with
+
+    0 <= M + i - j < w,
+
+of these only the last `memory_B[b]` + L (what a row remembers ends at its first new slot). Head h adds
+-2^(-8(h+1)/H) * (M + i - j) to its scores (ALiBi, arXiv:2108.12409). Four new slots behind two remembered ones, w = 3:
+
+    key      0 1 2 3 4 5
+    query 0  x x x . . .
+    query 1  . x x x . .
+    query 2  . . x x x .
+    query 3  . . . x x x
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import flex_attention as uncompiled_flex_attention
+from transformers.integrations.flex_attention import compile_friendly_flex_attention
+from transformers.integrations.sdpa_attention import repeat_kv
+
+
+class Window(NamedTuple):
+    """What every layer of one forward pass needs to know about who sees whom.
+
+    `memory` is the number of remembered keys of each row, out of `remembered` key places; `first` the position of each
+    row's first new slot. A window over everything has `size` = None.
+    """
+
+    size: int | None
+    width: int
+    remembered: int
+    memory: list[int]
+    chunk_length: int
+    first: list[int]
+
+
+def alibi_slopes(num_heads: int, device=None) -> torch.Tensor:
+    """Return 2^(-8(h+1)/H), float64 `[H]`, for any H (as DRT's code, unlike ALiBi's, whose H is a power of two)."""
+    return torch.pow(2.0, -8.0 * torch.arange(1, num_heads + 1, device=device).double() / num_heads)
+
+
+def _bias(distance: torch.Tensor, size: int | None, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return -slope * distance `[H, ...]`, `-inf` where the window does not reach."""
+    wide = torch.promote_types(dtype, torch.float32)
+    slopes = alibi_slopes(num_heads, distance.device).to(wide).view(-1, *[1] * distance.ndim)
+    hidden = (distance < 0) if size is None else (distance < 0) | (distance >= size)
+    return (-slopes * distance).masked_fill(hidden, -torch.inf).to(dtype)
+
+
+def _forgotten(window: Window, keys: int, device) -> torch.Tensor | None:
+    """Return a boolean `[B, 1, 1, keys]`, True on leading key places that hold nothing; `None` if all hold a key."""
+    missing = [window.remembered - n for n in window.memory]
+    if not any(missing):
+        return None
+    first_B1 = torch.tensor(missing, device=device)[:, None]
+    return (torch.arange(keys, device=device) < first_B1)[:, None, None]
+
+
+def dense_bias(window: Window, num_heads: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the additive mask `[1 or B, H, L, K]`: the definition."""
+    K = window.remembered + window.width
+    query_L1 = torch.arange(window.remembered, K, device=like.device)[:, None]
+    bias = _bias(query_L1 - torch.arange(K, device=like.device), window.size, num_heads, like.dtype)[None]
+    forgotten = _forgotten(window, K, like.device)
+    return bias if forgotten is None else bias.masked_fill(forgotten, -torch.inf)
+
+
+def eager_attention(
+    query_BHLD: torch.Tensor,
+    key_BGKD: torch.Tensor,
+    value_BGKD: torch.Tensor,
+    bias: torch.Tensor,
+    window: Window,
+    scaling: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Return softmax(scaling * q k^T + bias) v, `[B, H, L, D]`."""
+    groups = query_BHLD.shape[1] // key_BGKD.shape[1]
+    key, value = repeat_kv(key_BGKD, groups), repeat_kv(value_BGKD, groups)
+    scores = query_BHLD @ key.transpose(2, 3) * scaling + bias
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query_BHLD.dtype)
+    return torch.nn.functional.dropout(weights, p=dropout) @ value
+
+
+class BandBias(NamedTuple):
+    """Masks of a band: of its first block (by row), and of every further one. `block` None: one dense mask."""
+
+    first: torch.Tensor
+    further: torch.Tensor | None
+    block: int | None
+
+
+def band_bias(window: Window, num_heads: int, like: torch.Tensor) -> BandBias:
+    """Return what `sdpa` reads: a dense mask for short inputs, else masks of blocks of w queries over 2 w keys."""
+    size = window.size
+    if size is None or window.width <= size:
+        return BandBias(dense_bias(window, num_heads, like), None, None)
+    query_W1 = torch.arange(size, 2 * size, device=like.device)[:, None]
+    band = _bias(query_W1 - torch.arange(2 * size, device=like.device), size, num_heads, like.dtype)[None]
+    # the band starts `size` keys before the first query: places there are padding, or hold what rows remember
+    padded = window._replace(remembered=size, memory=[min(n, size) for n in window.memory])
+    forgotten = _forgotten(padded, 2 * size, like.device)
+    return BandBias(band if forgotten is None else band.masked_fill(forgotten, -torch.inf), band, size)
+
+
+def sdpa_attention(query_BHLD, key_BGKD, value_BGKD, bias: BandBias, window: Window, scaling, dropout=0.0):
+    """Scaled-dot-product attention; long inputs in blocks, O(L w) time and memory. Arguments as `eager_attention`."""
+    attend = partial(
+        torch.nn.functional.scaled_dot_product_attention,
+        scale=scaling,
+        dropout_p=dropout,
+        enable_gqa=query_BHLD.shape[1] != key_BGKD.shape[1],
+    )
+    if bias.block is None:
+        return attend(query_BHLD, key_BGKD, value_BGKD, attn_mask=bias.first)
+    B, H, L, D = query_BHLD.shape
+    W = bias.block
+    blocks = -(-L // W)
+
+    def cut(x: torch.Tensor, left: int) -> torch.Tensor:
+        return _pad_slots(x, left, blocks * W - L).unflatten(2, (-1, W)).transpose(1, 2)
+
+    query_BNHWD = cut(query_BHLD, 0)
+    halves = (cut(x, W - window.remembered) for x in (key_BGKD, value_BGKD))
+    key_BNGWD, value_BNGWD = (torch.cat([x[:, :-1], x[:, 1:]], dim=3) for x in halves)
+    first = attend(query_BNHWD[:, 0], key_BNGWD[:, 0], value_BNGWD[:, 0], attn_mask=bias.first)
+    query, key, value = (x[:, 1:].flatten(0, 1) for x in (query_BNHWD, key_BNGWD, value_BNGWD))
+    further = attend(query, key, value, attn_mask=bias.further).unflatten(0, (B, blocks - 1))
+    return torch.cat([first[:, None], further], dim=1).transpose(1, 2).flatten(2, 3)[:, :, :L]
+
+
+def _pad_slots(x: torch.Tensor, left: int, right: int) -> torch.Tensor:
+    """Pad `[B, H, L, D]` along L; a negative number drops slots."""
+    return torch.nn.functional.pad(x, (0, 0, left, right))
+
+
+def flex_mask(window: Window, num_heads: int, like: torch.Tensor):
+    """Return slopes `[H]` and the block mask that `flex_attention` reads."""
+    K, M, size = window.remembered + window.width, window.remembered, window.size
+    missing_B = torch.tensor([M - n for n in window.memory], device=like.device)
+
+    def sees(b, h, q, k):
+        distance = q + M - k
+        near = distance >= 0 if size is None else (distance >= 0) & (distance < size)
+        return near & (k >= missing_B[b])
+
+    slopes_H = alibi_slopes(num_heads, like.device).to(torch.promote_types(like.dtype, torch.float32))
+    mask = create_block_mask(sees, len(window.memory), None, window.width, K, device=like.device)
+    return slopes_H, mask
+
+
+def flex_attention(query_BHLD, key_BGKD, value_BGKD, prepared, window: Window, scaling, dropout=0.0):
+    """FlexAttention; uncompiled on CPUs, where PyTorch (as of 2.13) has no backward of it."""
+    if dropout:
+        raise ValueError(f"flex_attention has no dropout, got attention_dropout={dropout}; use eager or sdpa")
+    slopes_H, block_mask = prepared
+    remembered = window.remembered
+
+    def add_bias(score, b, h, q, k):
+        return score - slopes_H[h] * (q + remembered - k)
+
+    on_cpu = query_BHLD.device.type == "cpu"
+    attend = (
+        uncompiled_flex_attention
+        if on_cpu
+        else partial(compile_friendly_flex_attention, training=query_BHLD.requires_grad)
+    )
+    return attend(
+        query_BHLD,
+        key_BGKD,
+        value_BGKD,
+        score_mod=add_bias,
+        block_mask=block_mask,
+        enable_gqa=query_BHLD.shape[1] != key_BGKD.shape[1],
+        scale=scaling,
+    )
+
+
+class WindowBackend(NamedTuple):
+    """How an attention implementation reads a :class:`Window`.
+
+    `prepare(window, num_heads, like)` runs once a forward pass; its result reaches `attend` of every layer. `grouped`
+    computes grouped cross-attention (:func:`retrieval_drt.grouped_cross_attention` by default).
+    """
+
+    prepare: Callable
+    attend: Callable
+    grouped: Callable | None = None
+
+
+WINDOW_BACKENDS = {
+    "eager": WindowBackend(dense_bias, eager_attention),
+    "sdpa": WindowBackend(band_bias, sdpa_attention),
+    "flex_attention": WindowBackend(flex_mask, flex_attention),
+}
+
+
+def rotate(x_BHPD: torch.Tensor, theta: float) -> torch.Tensor:
+    """Return x with rotary positions 0..P-1, halves rotated (RoPE, arXiv:2104.09864; the layout of Llama)."""
+    P, D = x_BHPD.shape[-2:]
+    wide = torch.promote_types(x_BHPD.dtype, torch.float32)
+    rate = theta ** (-torch.arange(0, D, 2, device=x_BHPD.device, dtype=wide) / D)
+    angle = (torch.arange(P, device=x_BHPD.device, dtype=wide)[:, None] * rate).repeat(1, 2)
+    left, right = x_BHPD.chunk(2, dim=-1)
+    return x_BHPD * angle.cos().to(x_BHPD.dtype) + torch.cat([-right, left], -1) * angle.sin().to(x_BHPD.dtype)

@@ -1,0 +1,264 @@
+"""Configuration of DRT, a left-to-right language model that retrieves chunks of its own past.
+
+Source: Hu et al., "Efficient Length-Generalizable Attention via Causal Retrieval for Long-Context Language Modeling"
+(ICML 2025). What the paper and its code leave open, or do in several ways, is a field of :class:`DrtConfig`.
+"""
+
+from transformers import PreTrainedConfig
+
+
+LANDMARK_SOURCES = ("token", "cls", "mean")
+LANDMARK_SLOTS = ("off_by_one", "dropped")
+RESIDUALS = ("bypass", "stream")
+FUSIONS = ("gca", "cca")
+RETRIEVERS = ("learned", "random", "fixed")
+SELF_ATTENTIONS = ("window", "landmark")
+
+# smallest values of what must be an integer
+SIZES = {
+    "vocab_size": 1,
+    "hidden_size": 1,
+    "intermediate_size": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "num_lower_layers": 0,
+    "num_encoder_layers": 1,
+    "chunk_size": 1,
+    "num_retrieved_chunks": 1,
+}
+
+_SMALL = {"hidden_size": 768, "intermediate_size": 2048, "num_attention_heads": 12, "num_lower_layers": 6}
+_MEDIUM = {"hidden_size": 1024, "intermediate_size": 2730, "num_attention_heads": 16, "num_lower_layers": 10}
+_LARGE = {"hidden_size": 1280, "intermediate_size": 3413, "num_attention_heads": 20, "num_lower_layers": 16}
+
+PRESETS = {
+    "small-x1": {**_SMALL, "retrieval_groups": [6]},
+    "small-x2": {**_SMALL, "retrieval_groups": [3, 3]},
+    "medium-x1": {**_MEDIUM, "retrieval_groups": [12]},
+    "medium-x2": {**_MEDIUM, "retrieval_groups": [6, 6]},
+    "large-x1": {**_LARGE, "retrieval_groups": [18]},
+    "large-x2": {**_LARGE, "retrieval_groups": [9, 9]},
+    "large-x3": {**_LARGE, "retrieval_groups": [6, 6, 6]},
+}
+
+
+def _is_integer(value, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+class DrtConfig(PreTrainedConfig):
+    """Shape and choices of a DRT model.
+
+    Args:
+        vocab_size: Number of token ids; ids are in `[0, vocab_size)`. Landmarks are no ids: they have a vector of
+            their own.
+        hidden_size: Width D of the residual stream.
+        intermediate_size: Width of the SwiGLU feed-forward.
+        num_attention_heads: Number of query heads H; `hidden_size` must be a multiple of it.
+        num_key_value_heads: Heads G of keys and values, of the window and of the chunk memory; `None` means
+            `num_attention_heads`.
+        num_lower_layers: Layers below the chunk encoder.
+        retrieval_groups: Numbers of upper layers that share one retrieval: `[6]` retrieves once a chunk (x1), `[3, 3]`
+            twice (x2). `[]` is the sliding-window model without retrieval.
+        num_encoder_layers: Bidirectional layers of the chunk encoder.
+        chunk_size: Tokens S a chunk, landmark not counted.
+        num_retrieved_chunks: Number k of chunks that a retrieval returns.
+        sliding_window: Number of keys a token sees in self-attention, itself and landmarks included; `None`: all.
+        landmark_source: What stands for a chunk. `"token"`: a landmark put into the text after every chunk; its
+            encoder output is the key, its hidden state the query. `"cls"`: a vector appended in the chunk encoder.
+            `"mean"`: the mean of the encoder outputs. Without landmarks in the text the last token asks.
+        landmark_slot: What the landmark leaves in the chunk's softmax: `"off_by_one"` (one more in the denominator)
+            or `"dropped"` (nothing).
+        residual: `"bypass"`: what was retrieved enters the feed-forward only; `"stream"`: also the residual stream.
+        fusion: `"gca"`: a softmax inside each chunk, chunks weighted by their retrieval scores; `"cca"`: one softmax
+            over the concatenated chunks, scores unused (as in RETRO, arXiv:2112.04426).
+        retriever: `"learned"` end to end; `"random"`: any chunks, equal weights; `"fixed"`: cosine of frozen
+            bag-of-tokens vectors (which of several chunks of the same tokens is chosen, is left open).
+        self_attention: `"window"`, or `"landmark"`: the grouped softmax of Landmark Attention (arXiv:2305.16300), a
+            baseline; it needs `sliding_window=None`, `retrieval_groups=[]` and `landmark_source="token"`.
+        encoder_rope_theta: Base of the rotary positions inside the chunk encoder.
+        attention_dropout: Dropout probability on window attention weights in training.
+        initializer_range: Standard deviation of the normal initialisation.
+        rms_norm_eps: Epsilon of the decoder's RMSNorms.
+        encoder_rms_norm_eps: Epsilon of the encoder's RMSNorms.
+        tie_word_embeddings: Whether the head reuses the input embedding.
+        num_hidden_layers: May be given as a check: what `num_lower_layers` and `retrieval_groups` must add up to.
+
+    Raises:
+        ValueError: If a field is out of its range; the message names the rule and the value.
+    """
+
+    model_type = "drt"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 50265
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    num_lower_layers: int = 6
+    retrieval_groups: list[int] | tuple[int, ...] = (6,)
+    num_encoder_layers: int = 2
+    chunk_size: int = 64
+    num_retrieved_chunks: int = 8
+    sliding_window: int | None = 512
+    landmark_source: str = "token"
+    landmark_slot: str = "off_by_one"
+    residual: str = "bypass"
+    fusion: str = "gca"
+    retriever: str = "learned"
+    self_attention: str = "window"
+    encoder_rope_theta: float = 10000.0
+    attention_dropout: float = 0.0
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    encoder_rms_norm_eps: float = 1e-6
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+
+    def __post_init__(self, num_hidden_layers: int | None = None, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self._check_sizes()
+        self.retrieval_groups = list(self.retrieval_groups)
+        self._check_shape(num_hidden_layers)
+        self._check_choices()
+        self._check_numbers()
+        super().__post_init__(**kwargs)
+
+    def _check_sizes(self):
+        for name, least in SIZES.items():
+            value = getattr(self, name)
+            if not _is_integer(value, least):
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if self.sliding_window is not None and not _is_integer(self.sliding_window, 1):
+            raise ValueError(f"sliding_window must be an integer of at least 1 or None, got {self.sliding_window!r}")
+        groups = self.retrieval_groups
+        if not isinstance(groups, (list, tuple)) or not all(_is_integer(n, 1) for n in groups):
+            raise ValueError(f"retrieval_groups must be a list of numbers of layers, each at least 1, got {groups!r}")
+
+    def _check_shape(self, num_hidden_layers: int | None):
+        layers = f"num_lower_layers={self.num_lower_layers} and retrieval_groups={self.retrieval_groups}"
+        if self.num_hidden_layers < 1:
+            raise ValueError(f"there must be at least one layer, got {layers}")
+        if num_hidden_layers not in (None, self.num_hidden_layers):
+            raise ValueError(f"layers must add up to num_hidden_layers={num_hidden_layers}, got {layers}")
+        for whole, part in (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+        ):
+            if getattr(self, whole) % getattr(self, part):
+                raise ValueError(
+                    f"{whole} must be a multiple of {part}, got {getattr(self, whole)} and {getattr(self, part)}"
+                )
+        if self.head_dim % 2:
+            raise ValueError(f"the head width must be even (rotary positions of the encoder), got {self.head_dim}")
+        window = self.sliding_window
+        if self.retrieval_groups and window is not None and window <= self.chunk_length:
+            raise ValueError(
+                f"sliding_window must be larger than a chunk, so that a landmark sees its chunk and no token is lost "
+                f"between window and memory: got sliding_window={window}, a chunk of {self.chunk_length} positions "
+                f"(chunk_size={self.chunk_size}, landmark_source={self.landmark_source!r})"
+            )
+
+    def _check_choices(self):
+        for name, choices in (
+            ("landmark_source", LANDMARK_SOURCES),
+            ("landmark_slot", LANDMARK_SLOTS),
+            ("residual", RESIDUALS),
+            ("fusion", FUSIONS),
+            ("retriever", RETRIEVERS),
+            ("self_attention", SELF_ATTENTIONS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.self_attention == "landmark" and (
+            self.sliding_window is not None or self.retrieval_groups or self.landmark_source != "token"
+        ):
+            raise ValueError(
+                'self_attention="landmark" needs sliding_window=None, retrieval_groups=[] and landmark_source="token"'
+                f", got {self.sliding_window}, {self.retrieval_groups} and {self.landmark_source!r}"
+            )
+
+    def _check_numbers(self):
+        for name in ("encoder_rope_theta", "initializer_range", "rms_norm_eps", "encoder_rms_norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if not 0 <= self.attention_dropout < 1:
+            raise ValueError(f"attention_dropout must be in [0, 1), got {self.attention_dropout}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            tokens = getattr(self, name)
+            for token in tokens if isinstance(tokens, (list, tuple)) else [tokens]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise ValueError(f"{name} must be in [0, {self.vocab_size}), got {token}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.num_lower_layers + sum(self.retrieval_groups)
+
+    @property
+    def has_landmark_tokens(self) -> bool:
+        """Whether landmarks stand in the text that the decoder reads."""
+        return self.landmark_source == "token" and (bool(self.retrieval_groups) or self.self_attention == "landmark")
+
+    @property
+    def chunk_length(self) -> int:
+        """Positions P that a chunk takes in the decoder: its tokens, and its landmark if it stands in the text."""
+        return self.chunk_size + self.has_landmark_tokens
+
+    @classmethod
+    def preset(cls, name: str, **overrides) -> "DrtConfig":
+        """Return the configuration of a published size; x1, x2, x3 is the number of retrievals a chunk.
+
+        Args:
+            name: `"small-x1"`, `"small-x2"` (the paper's 128M), `"medium-x1"`, `"medium-x2"` (355M), `"large-x1"`,
+                `"large-x2"`, `"large-x3"` (775M). The paper prints no feed-forward widths for the last two sizes; 8/3
+                of the hidden size is assumed. Its names do not count the chunk encoder.
+            **overrides: Fields to change.
+
+        Raises:
+            ValueError: If there is no preset of that name.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def baseline(self, name: str) -> "DrtConfig":
+        """Return the configuration of a baseline of the same width and depth.
+
+        Args:
+            name: `"sliding_window"` (no retrieval), `"sliding_window+2"` (two layers more, which pay for the chunk
+                encoder), `"full_attention"`, `"random_retriever"`, `"fixed_retriever"`, `"cca"`,
+                `"landmark_attention"`.
+
+        Raises:
+            ValueError: If there is no baseline of that name.
+        """
+        plain = {"num_lower_layers": self.num_hidden_layers, "retrieval_groups": []}
+        changes = {
+            "sliding_window": plain,
+            "sliding_window+2": {**plain, "num_lower_layers": self.num_hidden_layers + 2},
+            "full_attention": {**plain, "sliding_window": None},
+            "random_retriever": {"retriever": "random"},
+            "fixed_retriever": {"retriever": "fixed"},
+            "cca": {"fusion": "cca"},
+            "landmark_attention": {
+                **plain,
+                "sliding_window": None,
+                "self_attention": "landmark",
+                "landmark_source": "token",
+            },
+        }
+        if name not in changes:
+            raise ValueError(f"baseline must be one of {sorted(changes)}, got {name!r}")
+        return type(self)(**{**self.to_dict(), **changes[name]})
+
+
+__all__ = ["DrtConfig"]

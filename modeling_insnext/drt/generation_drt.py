@@ -1,0 +1,131 @@
+"""Generation with DRT: the loops of Transformers, a prefill for very long prompts."""
+
+import torch
+from tqdm.auto import tqdm
+from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
+
+from .cache_drt import ChunkMemoryCache
+
+
+CACHE_LOCATIONS = {None: "device", "dynamic": "device", "offloaded": "host"}
+PREFILL_OPTIONS = "prefill_chunk_size, lower_only_prefill and show_progress"
+
+
+class DrtGenerationMixin(GenerationMixin):
+    """`generate` of Transformers; prompts may be read in segments.
+
+    Beyond the usual arguments `generate` takes
+
+    - `prefill_chunk_size`: how many tokens of the prompt are read at a time,
+    - `lower_only_prefill`: run only the lower layers on what the upper ones cannot see any more,
+    - `show_progress`: a progress bar over the prompt,
+    - `cache_implementation="offloaded"`: chunk memory in (pinned) host memory. For a file, or to come back to a text
+      that was read before, pass a :class:`ChunkMemoryCache` as `past_key_values`.
+    """
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: ChunkMemoryCache | None = None,
+        segment_length: int | None = None,
+        lower_only: bool = False,
+        show_progress: bool = False,
+    ) -> ChunkMemoryCache:
+        """Read a text and return the cache behind it.
+
+        Every way of reading leads to the same cache, up to rounding. Only what the last position depends on is kept:
+        U upper layers of window w see U (w - 1) positions back, so with `lower_only` they run on those alone.
+
+        Args:
+            input_ids: Tokens `[B, T]`, the new ones behind a cache.
+            attention_mask: 1 on tokens, 0 on padding, `[B, T]`, behind a cache `[B, columns + T]`.
+            past_key_values: Cache to fill; by default a new one on the device.
+            segment_length: Tokens read at a time; by default all at once.
+            lower_only: Whether to skip upper layers where nothing can depend on them.
+            show_progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: If `segment_length` is below 1, or the model refuses the input.
+        """
+        if segment_length is not None and segment_length < 1:
+            raise ValueError(f"segment_length must be at least 1, got {segment_length}")
+        past = ChunkMemoryCache(self.config) if past_key_values is None else past_key_values
+        T = input_ids.shape[1]
+        start = past.columns
+        first_full = self._first_full_column(input_ids, attention_mask, past) if lower_only else 0
+        with tqdm(total=T, unit="token", disable=not show_progress) as progress:
+            column = 0
+            while column < T:
+                end = T if segment_length is None else min(column + segment_length, T)
+                only = column < first_full
+                end = min(end, first_full) if only else end
+                mask = None if attention_mask is None else attention_mask[:, : start + end]
+                self.model(input_ids[:, column:end], mask, past_key_values=past, use_cache=True, lower_only=only)
+                progress.update(end - column)
+                column = end
+        return past
+
+    def _first_full_column(self, input_ids, attention_mask, past: ChunkMemoryCache) -> int:
+        """Return the first column that the upper layers must read, so that the last positions are exact."""
+        config = self.config
+        if not config.retrieval_groups or config.sliding_window is None:
+            return 0
+        needed = sum(config.retrieval_groups) * (config.sliding_window - 1) + past.margin + config.chunk_length
+        T = input_ids.shape[1]
+        if attention_mask is None:
+            return max(T - needed, 0)
+        real = attention_mask[:, past.columns :].long()
+        behind = real.flip(1).cumsum(1).flip(1)
+        # the last column that still has enough tokens in every row behind it, itself included
+        enough = (behind >= torch.minimum(behind[:, :1], torch.full_like(behind[:, :1], needed))).all(0)
+        return int(enough.nonzero().max())
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+        wanted = generation_config.cache_implementation
+        steered = model_kwargs.get("lower_only_prefill") or model_kwargs.get("show_progress")
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and (steered or generation_config.prefill_chunk_size):
+            raise ValueError(f"{PREFILL_OPTIONS} cannot be had with assisted generation: call prefill before")
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, *args
+            )
+        if wanted not in CACHE_LOCATIONS:
+            raise ValueError(f"cache_implementation must be one of {list(CACHE_LOCATIONS)}, got {wanted!r}")
+        model_kwargs["past_key_values"] = ChunkMemoryCache(self.config, CACHE_LOCATIONS[wanted])
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
+        segment, lower_only = generation_config.prefill_chunk_size, model_kwargs.get("lower_only_prefill", False)
+        show_progress = model_kwargs.get("show_progress", False)
+        past = model_kwargs.get("past_key_values")
+        if not (segment or lower_only or show_progress):
+            return super()._prefill(input_ids, generation_config, model_kwargs, is_first_iteration)
+        if past is None or model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(f"{PREFILL_OPTIONS} need input_ids and a cache, got use_cache=False or inputs_embeds")
+        # behind a cache, `input_ids` are the whole text if the mask is as long, else the new part; all but the last
+        # column is read here, the step of the last one returns the logits
+        mask = model_kwargs.get("attention_mask")
+        length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        new = input_ids[:, past.columns : -1] if length == input_ids.shape[1] else input_ids[:, :-1]
+        if new.shape[1]:
+            self.prefill(
+                new,
+                None if mask is None else mask[:, : past.columns + new.shape[1]],
+                past,
+                segment,
+                lower_only,
+                show_progress,
+            )
+        inputs = self.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **model_kwargs)
+        return self(**inputs, return_dict=True)
+
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, lower_only_prefill=False, show_progress=False, **kwargs
+    ):
+        """Leave out what steers the prefill alone. `generate` takes `inputs_embeds` if they are named here."""
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+
+
+__all__ = ["DrtGenerationMixin"]

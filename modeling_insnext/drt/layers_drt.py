@@ -1,0 +1,184 @@
+"""The layers of DRT: self-attention over a window, attention to retrieved chunks, the chunk encoder.
+
+Shape suffixes as in modeling_drt: B rows, L slots, C chunks, K chunks found, N chunks encoded at once, S tokens a
+chunk, P positions a chunk, D width. Sources: DRT (ICML 2025, PMLR 267:24727), RoPE (arXiv:2104.09864).
+"""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention_drt import Window, WindowBackend, rotate
+from .cache_drt import ChunkMemoryCache
+from .configuration_drt import DrtConfig
+from .kernels_drt import BACKENDS
+from .landmark_attention_drt import LANDMARK_BACKEND
+from .layout_drt import shift_rows
+from .retrieval_drt import FUSED
+
+
+def window_backend(config: DrtConfig) -> WindowBackend:
+    """Return what computes self-attention for `config._attn_implementation`.
+
+    Raises:
+        ValueError: If DRT has no such implementation.
+    """
+    name, backends = config._attn_implementation, BACKENDS
+    if config.self_attention == "landmark":
+        # dense either way; `sdpa` is what Transformers chooses where nobody did
+        backends = {"eager": LANDMARK_BACKEND, "sdpa": LANDMARK_BACKEND}
+    if name not in backends:
+        raise ValueError(
+            f"attn_implementation must be one of {sorted(backends)} for DRT with "
+            f"self_attention={config.self_attention!r}, got {name!r}"
+        )
+    return backends[name]
+
+
+class DrtAttention(nn.Module):
+    """Self-attention over a window, ALiBi."""
+
+    def __init__(self, config: DrtConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        D, kv_width = config.hidden_size, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, kv_width, bias=False)
+        self.v_proj = nn.Linear(D, kv_width, bias=False)
+        self.o_proj = nn.Linear(D, D, bias=False)
+
+    def forward(self, hidden_BLD, prepared, window: Window, past: ChunkMemoryCache | None, lengths: list[int]):
+        heads = (*hidden_BLD.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_BLD).view(heads).transpose(1, 2)
+        key = self.k_proj(hidden_BLD).view(heads).transpose(1, 2)
+        value = self.v_proj(hidden_BLD).view(heads).transpose(1, 2)
+        if past is not None:
+            key, value = past.append(self.layer_idx, key, value, lengths)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        attend = window_backend(self.config).attend
+        out_BHLD = attend(query, key, value, prepared, window, scaling=self.head_dim**-0.5, dropout=dropout)
+        return self.o_proj(out_BHLD.transpose(1, 2).reshape(hidden_BLD.shape))
+
+
+class DrtCrossAttention(nn.Module):
+    """Attention to retrieved chunks. Queries of its own; keys and values come from the chunk memory."""
+
+    def __init__(self, config: DrtConfig):
+        super().__init__()
+        self.config = config
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_BLD, key, value, indices_BCK, weights_BCK, phases: list[int] | None):
+        """`phases[b]` is the place in its chunk of row b's slot 0; `None`: all slots are in one chunk."""
+        B, L, D = hidden_BLD.shape
+        query_BHLD = self.q_proj(self.norm(hidden_BLD)).view(B, L, -1, self.config.head_dim).transpose(1, 2)
+        if phases is not None:
+            aligned = indices_BCK.shape[1] * self.config.chunk_length
+            query_BHLD = shift_rows(query_BHLD, [-phase for phase in phases], aligned, dim=2)
+        grouped = window_backend(self.config).grouped if self.config.fusion == "gca" else None
+        attend = grouped or FUSED[self.config.fusion]
+        off_by_one = self.config.landmark_slot == "off_by_one"
+        out_BHLD = attend(query_BHLD, key, value, indices_BCK, weights_BCK.to(query_BHLD.dtype), off_by_one=off_by_one)
+        if phases is not None:
+            out_BHLD = shift_rows(out_BHLD, phases, L, dim=2)
+        return self.o_proj(out_BHLD.transpose(1, 2).reshape(B, L, D))
+
+
+class DrtMLP(nn.Module):
+    def __init__(self, config: DrtConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act = ACT2FN["silu"]
+
+    def forward(self, hidden):
+        return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class DrtLayer(GradientCheckpointingLayer):
+    """One layer; an upper one (`retrieves`) also attends to chunks."""
+
+    def __init__(self, config: DrtConfig, layer_idx: int, retrieves: bool):
+        super().__init__()
+        self.self_attn = DrtAttention(config, layer_idx)
+        self.cross_attn = DrtCrossAttention(config) if retrieves else None
+        self.mlp = DrtMLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.bypass = config.residual == "bypass"
+
+    # tensors that need gradients stand first: reentrant checkpointing sees positional arguments only
+    def forward(self, hidden, key, value, indices, weights, prepared, window, past, lengths, phases):
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), prepared, window, past, lengths)
+        if self.cross_attn is None:
+            return hidden + self.mlp(self.post_attention_layernorm(hidden))
+        fused = hidden + self.cross_attn(hidden, key, value, indices, weights, phases)
+        residual = hidden if self.bypass else fused
+        return residual + self.mlp(self.post_attention_layernorm(fused))
+
+
+class DrtEncoderLayer(nn.Module):
+    """A bidirectional layer over one chunk, with rotary positions."""
+
+    def __init__(self, config: DrtConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.head_dim, self.theta = config.head_dim, config.encoder_rope_theta
+        self.q_proj = nn.Linear(D, D, bias=False)
+        self.k_proj = nn.Linear(D, D, bias=False)
+        self.v_proj = nn.Linear(D, D, bias=False)
+        self.o_proj = nn.Linear(D, D, bias=False)
+        self.mlp = DrtMLP(config)
+        self.input_layernorm = nn.RMSNorm(D, eps=config.encoder_rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(D, eps=config.encoder_rms_norm_eps)
+
+    def forward(self, hidden_NPD):
+        normed = self.input_layernorm(hidden_NPD)
+        heads = (*normed.shape[:-1], -1, self.head_dim)
+        query, key, value = (
+            proj(normed).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out = nn.functional.scaled_dot_product_attention(rotate(query, self.theta), rotate(key, self.theta), value)
+        hidden_NPD = hidden_NPD + self.o_proj(out.transpose(1, 2).reshape(hidden_NPD.shape))
+        return hidden_NPD + self.mlp(self.post_attention_layernorm(hidden_NPD))
+
+
+class DrtChunkEncoder(nn.Module):
+    """What stays of a chunk: a landmark, and keys and values for all upper layers."""
+
+    def __init__(self, config: DrtConfig):
+        super().__init__()
+        D = config.hidden_size
+        self.config = config
+        self.input_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.layers = nn.ModuleList([DrtEncoderLayer(config) for _ in range(config.num_encoder_layers)])
+        self.norm = nn.RMSNorm(D, eps=config.encoder_rms_norm_eps)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * config.head_dim, bias=False)
+        if config.landmark_source == "cls":
+            self.cls = nn.Parameter(torch.zeros(D))
+
+    def forward(self, states_BCPD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return landmarks `[B, C, D]` and keys and values `[B, C, 2, G, S, d]` of chunks of lower states."""
+        hidden = self.input_norm(states_BCPD.flatten(0, 1))
+        if self.config.landmark_source == "cls":
+            hidden = torch.cat([hidden, self.cls.to(hidden.dtype).expand(len(hidden), 1, -1)], dim=1)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        hidden = self.norm(hidden)
+        S, source = self.config.chunk_size, self.config.landmark_source
+        landmarks = hidden[:, :S].mean(1) if source == "mean" else hidden[:, S]
+        tokens = hidden[:, :S]
+        keys_values = torch.stack([self.k_proj(tokens), self.v_proj(tokens)], dim=1)
+        keys_values = keys_values.unflatten(-1, (-1, self.config.head_dim)).transpose(2, 3)
+        shape = states_BCPD.shape[:2]
+        return landmarks.unflatten(0, shape), keys_values.unflatten(0, shape)
+
+
+__all__ = ["DrtChunkEncoder", "DrtLayer", "window_backend"]

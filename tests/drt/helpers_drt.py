@@ -1,0 +1,67 @@
+"""Tiny float64 models: chunks of five tokens, a window of nine positions, two of many chunks retrieved.
+
+The name is not `helpers`: test folders are no packages, so the names of their modules must differ.
+"""
+
+import torch
+
+from modeling_insnext import DrtConfig, DrtForCausalLM
+
+
+TINY = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_lower_layers": 2,
+    "retrieval_groups": [1, 1],
+    "num_encoder_layers": 1,
+    "chunk_size": 5,
+    "num_retrieved_chunks": 2,
+    "sliding_window": 9,
+    "initializer_range": 0.3,
+}
+
+
+def tiny_config(**changes) -> DrtConfig:
+    return DrtConfig(**{**TINY, **changes})
+
+
+def tiny_model(seed: int = 0, **changes) -> DrtForCausalLM:
+    """Return an evaluation-mode float64 model whose config is `TINY` with `changes`."""
+    torch.manual_seed(seed)
+    return DrtForCausalLM(tiny_config(**changes)).double().eval()
+
+
+def random_ids(rows: int, length: int, seed: int = 0, vocab_size: int = 50) -> torch.Tensor:
+    """Return `[rows, length]` token ids, special ones (0 to 2) left out."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, vocab_size, (rows, length), generator=generator)
+
+
+@torch.no_grad()
+def read(model, ids: torch.Tensor, past, step: int = 1, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Feed `ids` to the model behind `past`, `step` columns at a time, and return all logits; `mask` covers both."""
+    start, logits = past.columns, []
+    for column in range(0, ids.shape[1], step):
+        some = ids[:, column : column + step]
+        seen = None if mask is None else mask[:, : start + column + some.shape[1]]
+        logits.append(model(some, seen, past_key_values=past).logits)
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+def whole(model, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Return the logits of one parallel forward pass."""
+    return model(ids, mask, use_cache=False).logits
+
+
+def padded(ids: torch.Tensor, lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the first `lengths[b]` tokens of each row, padded to the longest, and the mask."""
+    T = max(lengths)
+    out, mask = torch.zeros(len(lengths), T, dtype=torch.long), torch.zeros(len(lengths), T, dtype=torch.long)
+    for row, n in enumerate(lengths):
+        place = slice(T - n, T) if side == "left" else slice(0, n)
+        out[row, place], mask[row, place] = ids[row, :n], 1
+    return out, mask

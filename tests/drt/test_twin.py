@@ -1,0 +1,136 @@
+"""The model against its formulae, written out in loops (`twin_drt`), in float64."""
+
+import pytest
+import torch
+from helpers_drt import random_ids, tiny_model, whole
+from twin_drt import brute_force_logits
+
+from modeling_insnext.drt import attention_drt, layers_drt, memory_drt, modeling_drt
+from modeling_insnext.drt.retrieval_drt import best_chunks
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 20, "num_lower_layers": 1, "chunk_size": 3, "sliding_window": 6}
+CLOSE = 1e-9
+LENGTH = 23
+
+CONFIGS = {
+    "x1": {"retrieval_groups": [2]},
+    "x2": {},
+    "x3": {"retrieval_groups": [1, 1, 1], "num_lower_layers": 0},
+    "unequal_groups": {"retrieval_groups": [1, 2]},
+    "stream": {"residual": "stream"},
+    "dropped": {"landmark_slot": "dropped"},
+    "cls": {"landmark_source": "cls"},
+    "mean": {"landmark_source": "mean", "landmark_slot": "dropped"},
+    "cca": {"fusion": "cca"},
+    "cca_dropped": {"fusion": "cca", "landmark_slot": "dropped"},
+    "fixed": {"retriever": "fixed"},
+    "fixed_mean": {"retriever": "fixed", "landmark_source": "mean"},
+    "one_head": {"num_attention_heads": 1, "num_key_value_heads": 1},
+    "heads_of_two": {"num_attention_heads": 8, "num_key_value_heads": 4},
+    "all_heads": {"num_key_value_heads": 4},
+    "chunks_of_one": {"chunk_size": 1, "num_retrieved_chunks": 5},
+    "chunks_of_eight": {"chunk_size": 8, "sliding_window": 10, "num_retrieved_chunks": 1},
+    "more_than_there_are": {"num_retrieved_chunks": 20},
+    "window_of_a_chunk_and_one": {"sliding_window": 5},
+    "no_window": {"sliding_window": None},
+    "window_model": {"retrieval_groups": [], "num_lower_layers": 2},
+    "window_of_one": {"retrieval_groups": [], "num_lower_layers": 2, "sliding_window": 1},
+    "full_attention": {"retrieval_groups": [], "num_lower_layers": 2, "sliding_window": None},
+    "two_encoder_layers": {"num_encoder_layers": 2, "encoder_rope_theta": 50.0},
+    "untied": {"tie_word_embeddings": False},
+    "large_eps": {"rms_norm_eps": 0.3, "encoder_rms_norm_eps": 0.7},
+}
+
+
+def error(model, ids) -> float:
+    return float((whole(model, ids)[0] - brute_force_logits(model, ids[0].tolist())).abs().max())
+
+
+def make(**changes):
+    model = tiny_model(**{**SMALL, **changes})
+    # norms are ones when new, and a mistake in their order would not show
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.add_(torch.rand(weight.shape, generator=generator, dtype=weight.dtype) - 0.5)
+    return model
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_model_is_its_formulae(name):
+    model, ids = make(**CONFIGS[name]), random_ids(1, LENGTH)
+    expected = brute_force_logits(model, ids[0].tolist())
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        assert (whole(model, ids)[0] - expected).abs().max() < CLOSE
+
+
+@pytest.mark.parametrize("length", range(1, 10))
+def test_texts_of_every_length_are(length):
+    assert error(make(), random_ids(1, length)) < CLOSE
+
+
+def ask_for_oneself(score_block, asking_BC, total, k, *block):
+    return best_chunks(score_block, asking_BC + 1, total, k, *block)
+
+
+def no_shift(retrieve):
+    """Chunk t is served by what chunk t found."""
+
+    def wrong(*args):
+        key, value, indices, weights, phases = retrieve(*args)
+        return key, value, indices.roll(-1, 1), weights.roll(-1, 1), phases
+
+    return wrong
+
+
+def one_more_key(bias):
+    def wrong(distance, size, *args):
+        return bias(distance, size if size is None else size + 1, *args)
+
+    return wrong
+
+
+CONTROLS = {
+    "a chunk asks for itself": (memory_drt, "best_chunks", lambda right: ask_for_oneself),
+    "no shift by one": (modeling_drt.DrtModel, "_retrieve", no_shift),
+    "a window of w + 1": (attention_drt, "_bias", one_more_key),
+    "unrotated chunks": (layers_drt, "rotate", lambda right: lambda x, theta: x),
+    "equal weights": (
+        modeling_drt,
+        "chunk_weights",
+        lambda right: lambda scores, chunks: right(torch.zeros_like(scores), chunks),
+    ),
+    "steeper slopes": (attention_drt, "alibi_slopes", lambda right: lambda *args: 2 * right(*args)),
+}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_every_rule_of_the_formulae_shows(name, monkeypatch):
+    model, ids = make(), random_ids(1, LENGTH)
+    holder, attribute, wrong = CONTROLS[name]
+    monkeypatch.setattr(holder, attribute, wrong(getattr(holder, attribute)))
+    assert error(model, ids) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"residual": "stream"},
+        {"landmark_slot": "dropped"},
+        {"fusion": "cca"},
+        {"rms_norm_eps": 1e-2},
+        {"encoder_rms_norm_eps": 1e-2},
+        {"encoder_rope_theta": 100.0},
+        {"num_retrieved_chunks": 3},
+        {"sliding_window": 7},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_every_choice_of_the_config_shows(changes):
+    """Same weights, another field: other logits."""
+    ids, model, other = random_ids(1, LENGTH), make(), make(**changes)
+    other.load_state_dict(model.state_dict())
+    assert (whole(other, ids) - whole(model, ids)).abs().max() > 1e-4
