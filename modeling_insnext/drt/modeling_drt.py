@@ -519,6 +519,7 @@ class DrtForSequenceClassification(DrtPreTrainedModel):
         inputs_embeds=None,
         labels=None,
         use_cache=None,
+        output_hidden_states=None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """Return logits `[B, num_labels]`; with labels `[B]` the loss that `config.problem_type` names.
@@ -532,6 +533,7 @@ class DrtForSequenceClassification(DrtPreTrainedModel):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
             **kwargs,
         )
         hidden = outputs.last_hidden_state

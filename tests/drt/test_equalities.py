@@ -83,7 +83,7 @@ def in_segments(model, ids, lengths, past=None, mask=None):
 
 
 @every_config
-@pytest.mark.parametrize("step", [1, 7, 16])
+@pytest.mark.parametrize("step", [1, 7])
 def test_decoding_and_segments_of_any_length_are_one_pass(changes, step):
     model, ids = tiny_model(**changes), random_ids(2, LENGTH)
     past = ChunkMemoryCache(model.config)
@@ -108,19 +108,17 @@ def test_every_attention_implementation_is_the_same_function(name, implementatio
 
 
 @every_config
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_a_row_of_a_ragged_batch_is_the_row_alone(changes, side):
+def test_a_row_of_a_ragged_batch_is_the_row_alone(changes):
     model, ids, lengths = tiny_model(**changes), random_ids(3, LENGTH), [LENGTH, 5, 27]
-    ragged, mask = padded(ids, lengths, side)
-    together = whole(model, ragged, mask)
-    stepped = in_segments(model, ragged, [3, 9, 1], mask=mask)
-    assert stepped.shape == together.shape
-    for row, length in enumerate(lengths):
-        alone, real = whole(model, ids[row : row + 1, :length])[0], mask[row].bool()
-        assert worst(together[row, real], alone) < CLOSE
-        assert worst(stepped[row, real], alone) < CLOSE
-    # control: padding read as text is seen
-    assert worst(whole(model, ragged)[1, mask[1].bool()], whole(model, ids[1:2, :5])[0]) > 1e-3 or side == "right"
+    alone = [whole(model, ids[row : row + 1, :length])[0] for row, length in enumerate(lengths)]
+    for side in ("left", "right"):
+        ragged, mask = padded(ids, lengths, side)
+        for logits in (whole(model, ragged, mask), in_segments(model, ragged, [3, 9, 10], mask=mask)):
+            for row, expected in enumerate(alone):
+                assert worst(logits[row, mask[row].bool()], expected) < CLOSE
+        # control: padding on the left, read as text, is seen
+        error = worst(whole(model, ragged)[1, mask[1].bool()], alone[1])
+        assert error > 1e-3 if side == "left" else error < CLOSE
 
 
 @pytest.mark.parametrize("name", ["x2", "cls", "cca", "random", "fixed", "chunks_of_one"])
@@ -153,7 +151,7 @@ def test_lower_layers_suffice_for_what_no_last_position_sees(changes, last, monk
     model.prefill(ids[:, :-last], segment_length=16)
     config = model.config
     saves = config.retrieval_groups and config.sliding_window is not None
-    assert cost < 0.8 * sum(ran) if saves and config.chunk_size < 8 else cost <= sum(ran)
+    assert cost < 0.8 * sum(ran) if saves else cost == sum(ran)
 
 
 @quick
@@ -226,13 +224,12 @@ def with_no_retrieval_in_the_first_chunk(monkeypatch):
     monkeypatch.setattr(ChunkMemoryCache, "retrieved_for_current", lambda self, group: None)
 
 
-@pytest.mark.parametrize("residual", ["bypass", "stream"])
-@pytest.mark.parametrize("groups", [[2], [1, 1]], ids=["x1", "x2"])
+@pytest.mark.parametrize(("residual", "groups"), [("bypass", [2]), ("stream", [1, 1])], ids=["x1", "x2-stream"])
 def test_the_defects_of_the_public_code_fail_the_checks(residual, groups):
     model, ids = tiny_model(residual=residual, retrieval_groups=groups), random_ids(2, LENGTH)
     for norm in model.model.query_norms:
         norm.weight.data.uniform_(0.5, 1.5)
-    for lengths in ([1], [7], [13]):
+    for lengths in ([1], [7]):
         assert segment_error(model, ids, lengths, lambda monkeypatch: None) < CLOSE
         assert segment_error(model, ids, lengths, without_the_norm_of_the_query(model)) > 1e-3
         assert segment_error(model, ids, lengths, with_no_retrieval_in_the_first_chunk) > 1e-3
@@ -250,19 +247,19 @@ def test_a_chunk_that_asks_for_itself_fails_the_check_of_decoding():
     assert segment_error(model, ids, [1], patch) > 1e-3
 
 
-def first_change(model, ids, place: int) -> int:
-    """Return the first position whose logits change with the token at `place`."""
-    other = ids.clone()
-    other[:, place] = (other[:, place] - 3 + 7) % 47 + 3
-    changed = (whole(model, other) - whole(model, ids)).abs().amax((0, 2)) > 1e-12
-    return int(changed.nonzero()[0])
+def first_changes(model, ids) -> list[int]:
+    """Return for every place the first position whose logits change with the token there."""
+    T = ids.shape[1]
+    changed = ids.expand(T, T).clone()
+    changed.diagonal().add_(7).sub_(3).remainder_(47).add_(3)
+    differs_TT = (whole(model, changed) - whole(model, ids)).abs().amax(2) > 1e-12
+    return differs_TT.long().argmax(1).tolist()
 
 
 @every_config
 def test_no_token_is_seen_before_it_is_there(changes):
     model, ids = tiny_model(**changes), random_ids(1, LENGTH)
-    places = sorted({*range(0, LENGTH, 7), 4, 5, 9, 10, 15, 25, LENGTH - 1})
-    assert [first_change(model, ids, place) for place in places] == places
+    assert first_changes(model, ids) == list(range(LENGTH))
 
 
 def test_a_chunk_served_by_what_it_found_itself_is_a_leak_that_shows(monkeypatch):
@@ -274,7 +271,7 @@ def test_a_chunk_served_by_what_it_found_itself_is_a_leak_that_shows(monkeypatch
 
     model, ids = tiny_model(), random_ids(1, LENGTH)
     monkeypatch.setattr(DrtModel, "_retrieve", too_early)
-    assert any(first_change(model, ids, place) < place for place in range(LENGTH))
+    assert any(first < place for place, first in enumerate(first_changes(model, ids)))
 
 
 @every_config
