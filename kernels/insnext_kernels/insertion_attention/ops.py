@@ -104,17 +104,19 @@ def insertion_table(
     (B, Q), K, T = horizon.shape, num_keys, _tiles(horizon.shape[1])
     outputs = _table_outputs(keys, horizon, num_keys)
     queries, tiles, windows, rows, blocks = outputs
-    table = keys is not None
+    table, few = keys is not None, Q <= FEW_QUERIES
     order = {"LAST": _last(keys.dtype)} if table else {"LAST": 0}
     keys, windows_or_any = (keys, windows) if table else (tiles, tiles)
     with torch.cuda.device_of(horizon):
         kernels._plan_kernel[(T, B)](
             keys, start, horizon, entries, queries, tiles, windows_or_any, Q, K, B * Q,
-            W=TILE, BK=128, TABLE=table, **order, num_warps=8 if Q > FEW_QUERIES else 4,
+            W=TILE, M=FEW_QUERIES if few else TILE, BK=256 if few else 128, TABLE=table, **order, num_warps=8,
         )  # fmt: skip
         if table:
-            kernels._rows_kernel[(-(-K // 64), -(-T // TABLE_STEPS), B)](
-                keys, tiles, rows, K, T, STEPS=TABLE_STEPS, BJ=64, BK=64, **order, num_warps=4
+            # one step waits for this: few long strides, and many programs
+            block, stride, warps = (32, 256, 8) if few else (64, 64, 4)
+            kernels._rows_kernel[(-(-K // block), -(-T // TABLE_STEPS), B)](
+                keys, tiles, rows, K, T, STEPS=TABLE_STEPS, BJ=block, BK=stride, **order, num_warps=warps
             )
         if blocks.numel():
             kernels._blocks_kernel[(_tiles(K), B)](tiles, blocks, T, W=TILE, BT=128, num_warps=4)

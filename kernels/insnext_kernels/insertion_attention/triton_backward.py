@@ -12,11 +12,11 @@ from .triton_tiles import (
     block_index,
     block_offsets,
     block_ranges,
-    left_of,
     load_bounds,
     load_rows,
     load_window_bounds,
     log2_slopes,
+    stands_left,
     within,
 )
 
@@ -152,8 +152,8 @@ def _keys_kernel(
                             b_offset, keys, b_key, b_start, b_horizon, i_w0, i_w1, W, LAST, True
                         )
                     else:
-                        b_window = tl.load(windows + i_t * W + o_w)
-                        b_offset = tl.dot(left_of(b_window, b_key, True), within(b_first, b_last, W, True), b_offset)
+                        b_left_of = stands_left(tl.load(windows + i_t * W + o_w), b_key, True)
+                        b_offset = tl.dot(b_left_of, within(b_first, b_last, W, True), b_offset)
                 else:
                     b_offset = o_j.to(tl.float32)[:, None] - b_own[None, :]
                 b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee") * qk_scale

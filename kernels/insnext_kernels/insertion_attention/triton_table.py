@@ -23,11 +23,11 @@ NONE = tl.constexpr(1 << 30)
 @triton.jit(do_not_specialize=["Q"])
 def _plan_kernel(
     keys, start, horizon, entries, queries, tiles, windows, Q, K, stride_f,
-    W: tl.constexpr, BK: tl.constexpr, TABLE: tl.constexpr, LAST: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, TABLE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    # behind the last query it is repeated
-    o_i = tl.minimum(i_t * W + tl.arange(0, W), Q - 1)
+    # M queries of a tile of W, where there are no more; behind the last query it is repeated
+    o_i = tl.minimum(i_t * W + tl.arange(0, M), Q - 1)
     b_start = tl.maximum(tl.load(start + i_b * Q + o_i), 0).to(tl.int32)
     b_horizon = tl.minimum(tl.load(horizon + i_b * Q + o_i), K - 1).to(tl.int32)
     b_entry = tl.load(entries + i_b * Q + o_i).to(tl.int32)
@@ -64,7 +64,7 @@ def _plan_kernel(
 
     if TABLE:
         b_key = tl.load(keys + i_b * K + b_entry)
-        b_own = tl.zeros([W], dtype=tl.int32)
+        b_own = tl.zeros([M], dtype=tl.int32)
         for i_k in range(i_lo, i_hi, BK):
             o_k = i_k + tl.arange(0, BK)
             b_k = tl.load(keys + i_b * K + o_k, mask=o_k < i_hi, other=LAST)

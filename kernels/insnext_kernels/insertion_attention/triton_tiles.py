@@ -53,8 +53,19 @@ def within(b_first, b_last, W: tl.constexpr, FLIP: tl.constexpr = False):
 
 
 @triton.jit
-def left_of(b_window, b_key, FLIP: tl.constexpr = False):
-    """Return `[W, keys]`, flipped `[keys, W]`: 1 where a key of the window stands left of a key of the block."""
+def left_of(b_window, p_key, m_key, W: tl.constexpr, LAST: tl.constexpr, MASK: tl.constexpr):
+    """Return `[W, keys]`: 1 where a key of the window stands left of a key of the block.
+
+    The keys are loaded once for each row: threads then hold four neighbours, and store what they find in one go.
+    """
+    p_keys = p_key[None, :] + tl.zeros([W, 1], tl.int32)
+    b_keys = tl.load(p_keys, mask=m_key[None, :], other=LAST) if MASK else tl.load(p_keys)
+    return (b_window[:, None] < b_keys).to(tl.float16)
+
+
+@triton.jit
+def stands_left(b_window, b_key, FLIP: tl.constexpr):
+    """Return the same for keys in registers, `[W, keys]`, flipped `[keys, W]`."""
     # compared the other way round and transposed: a thread then keeps few of the values that the loop keeps
     m_w = b_window[:, None] < b_key[None, :] if FLIP else b_window[None, :] < b_key[:, None]
     return tl.trans(m_w.to(tl.float16))
@@ -70,7 +81,7 @@ def add_wide_window(
         o_w = i_w + tl.arange(0, W)
         b_window = tl.load(keys + o_w, mask=o_w < i_w1, other=LAST)
         b_within = within(b_start - i_w, b_horizon - i_w, W, FLIP)
-        b_left_of = left_of(b_window, b_key, FLIP)
+        b_left_of = stands_left(b_window, b_key, FLIP)
         b_offset = tl.dot(b_left_of, b_within, b_offset) if FLIP else tl.dot(b_within, b_left_of, b_offset)
     return b_offset
 
@@ -98,17 +109,16 @@ def block_offsets(
 ):  # fmt: skip
     """Return offset(i, j), float32 `[queries, keys]`. WINDOW is 0 if it is empty, 1 up to W keys, 2 for any number."""
     if MASK:
-        b_key = tl.load(keys + o_j, mask=o_j < K, other=LAST)
         b_left = tl.load(p_row + o_j, mask=o_j < K, other=0).to(tl.float32)
         b_right = tl.load(p_row + K + o_j, mask=o_j < K, other=0).to(tl.float32)
         b_offset = b_to_right[:, None] * b_right[None, :] - b_own[:, None]
         b_offset = b_from_left[:, None] * b_left[None, :] + b_offset
     else:
-        b_key = tl.load(keys + o_j)
         b_offset = tl.load(p_row + o_j).to(tl.float32)[None, :] - b_own[:, None]
     if WINDOW == 1:
-        b_offset = tl.dot(b_within, left_of(b_window, b_key), b_offset)
+        b_offset = tl.dot(b_within, left_of(b_window, keys + o_j, o_j < K, W, LAST, MASK), b_offset)
     elif WINDOW == 2:
+        b_key = tl.load(keys + o_j, mask=o_j < K, other=LAST)
         b_offset = add_wide_window(b_offset, keys, b_key, b_start, b_horizon, i_w0, i_w1, W, LAST)
     return b_offset
 
