@@ -7,6 +7,9 @@ Source: Hu et al., "Efficient Length-Generalizable Attention via Causal Retrieva
 from transformers import PreTrainedConfig
 
 
+# of the code that stands beside a checkpoint: the version of the package
+CODE_VERSION = "0.1.0"
+
 LANDMARK_SOURCES = ("token", "cls", "mean")
 LANDMARK_SLOTS = ("off_by_one", "dropped")
 RESIDUALS = ("bypass", "stream")
@@ -82,6 +85,7 @@ class DrtConfig(PreTrainedConfig):
         rms_norm_eps: Epsilon of the decoder's RMSNorms.
         encoder_rms_norm_eps: Epsilon of the encoder's RMSNorms.
         tie_word_embeddings: Whether the head reuses the input embedding.
+        code_version: Version of the code that saved the checkpoint; `save_pretrained` of a model writes it.
         num_hidden_layers: May be given as a check: what `num_lower_layers` and `retrieval_groups` must add up to.
 
     Raises:
@@ -118,6 +122,7 @@ class DrtConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     tie_word_embeddings: bool = True
     use_cache: bool = True
+    code_version: str | None = None
 
     def __post_init__(self, num_hidden_layers: int | None = None, **kwargs):
         if self.num_key_value_heads is None:
@@ -261,4 +266,4 @@ class DrtConfig(PreTrainedConfig):
         return type(self)(**{**self.to_dict(), **changes[name]})
 
 
-__all__ = ["DrtConfig"]
+__all__ = ["CODE_VERSION", "DrtConfig"]

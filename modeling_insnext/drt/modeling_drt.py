@@ -30,7 +30,8 @@ from transformers.utils import can_return_tuple
 
 from .attention_drt import Window
 from .cache_drt import ChunkMemoryCache
-from .configuration_drt import DrtConfig
+from .checkpoint_drt import CheckedLoadingMixin
+from .configuration_drt import CODE_VERSION, DrtConfig
 from .generation_drt import DrtGenerationMixin
 from .layers_drt import DrtChunkEncoder, DrtLayer, window_backend
 from .layout_drt import Layout, build_layout, put_in, shift_rows, take_out
@@ -53,7 +54,7 @@ FIXED_WIDTH = 64
 FIXED_SHARPNESS = 10.0
 
 
-class DrtPreTrainedModel(PreTrainedModel):
+class DrtPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
     config: DrtConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -64,25 +65,10 @@ class DrtPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """Load a checkpoint as any model of Transformers.
-
-        Raises:
-            ValueError: If a weight is infinite or no number.
-        """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, weight in (*model.named_parameters(), *model.named_buffers()):
-            if weight.device.type != "meta" and weight.is_floating_point() and not weight.isfinite().all():
-                raise ValueError(
-                    f"weights must be finite, got {int((~weight.isfinite()).sum())} that are not in {name}"
-                )
-        return loaded
-
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, configuration and code: a folder for every Auto class with `trust_remote_code=True`."""
         self.config.auto_map = dict(AUTO_MAP)
+        self.config.code_version = CODE_VERSION
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def _supports_default_dynamic_cache(self):

@@ -7,6 +7,9 @@ choice made here in their place is a field of :class:`InsNextConfig`.
 from transformers import PreTrainedConfig
 
 
+# of the code that stands beside a checkpoint: the version of the package
+CODE_VERSION = "0.1.0"
+
 POSITION_ENCODINGS = ("alibi", "sinusoidal")
 NORMS = ("rmsnorm", "deepnorm")
 
@@ -47,6 +50,7 @@ class InsNextConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the normal initialisation.
         rms_norm_eps: Epsilon of every RMSNorm.
         tie_word_embeddings: Whether the token head reuses the input embedding.
+        code_version: Version of the code that saved the checkpoint; `save_pretrained` of a model writes it.
 
     Raises:
         ValueError: If a field is out of its range; the message names the rule and the value.
@@ -74,6 +78,7 @@ class InsNextConfig(PreTrainedConfig):
     eos_token_id: int | None = 2
     tie_word_embeddings: bool = True
     use_cache: bool = True
+    code_version: str | None = None
 
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
@@ -141,4 +146,4 @@ class InsNextConfig(PreTrainedConfig):
         return cls(**{**PRESETS[name], **overrides})
 
 
-__all__ = ["InsNextConfig"]
+__all__ = ["CODE_VERSION", "InsNextConfig"]

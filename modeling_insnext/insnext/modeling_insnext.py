@@ -39,7 +39,8 @@ from .attention_insnext import (
     visible_keys,
 )
 from .cache_insnext import InsertionCache
-from .configuration_insnext import InsNextConfig
+from .checkpoint_insnext import CheckedLoadingMixin
+from .configuration_insnext import CODE_VERSION, InsNextConfig
 from .generation_configuration_insnext import InsertionGenerationConfig
 from .generation_insnext import InsertionGenerationMixin
 from .scoring_insnext import InsertionScoringMixin
@@ -145,7 +146,7 @@ class InsNextBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class InsNextPreTrainedModel(PreTrainedModel):
+class InsNextPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
     config: InsNextConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -158,25 +159,10 @@ class InsNextPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": InsNextBlock, "attentions": InsNextAttention}
 
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """Load a checkpoint as any model of Transformers.
-
-        Raises:
-            ValueError: If a weight is infinite or no number.
-        """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        for name, weight in model.named_parameters():
-            if weight.device.type != "meta" and weight.is_floating_point() and not weight.isfinite().all():
-                raise ValueError(
-                    f"weights must be finite, got {int((~weight.isfinite()).sum())} that are not in {name}"
-                )
-        return loaded
-
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, configuration and code: a folder for every Auto class with `trust_remote_code=True`."""
         self.config.auto_map = {"AutoConfig": "configuration_insnext.InsNextConfig", **AUTO_MAP}
+        self.config.code_version = CODE_VERSION
         super().save_pretrained(save_directory, *args, **kwargs)
 
     @torch.no_grad()
