@@ -6,6 +6,8 @@ Source: Hu et al., "Efficient Length-Generalizable Attention via Causal Retrieva
 
 from transformers import PreTrainedConfig
 
+from .peft_drt import register_adapter_targets
+
 
 # of the code that stands beside a checkpoint: the version of the package
 CODE_VERSION = "0.1.0"
@@ -199,6 +201,11 @@ class DrtConfig(PreTrainedConfig):
             for token in tokens if isinstance(tokens, (list, tuple)) else [tokens]:
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(f"{name} must be in [0, {self.vocab_size}), got {token}")
+
+    def to_dict(self) -> dict:
+        """Return the fields; PEFT asks for them before it looks up target modules by model type."""
+        register_adapter_targets(self.model_type)
+        return super().to_dict()
 
     @property
     def head_dim(self) -> int:

@@ -6,6 +6,8 @@ choice made here in their place is a field of :class:`InsNextConfig`.
 
 from transformers import PreTrainedConfig
 
+from .peft_insnext import register_adapter_targets
+
 
 # of the code that stands beside a checkpoint: the version of the package
 CODE_VERSION = "0.1.0"
@@ -120,6 +122,11 @@ class InsNextConfig(PreTrainedConfig):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ValueError(f"{name} must be in [0, {self.vocab_size}), got {token}")
+
+    def to_dict(self) -> dict:
+        """Return the fields; PEFT asks for them before it looks up target modules by model type."""
+        register_adapter_targets(self.model_type)
+        return super().to_dict()
 
     @property
     def head_dim(self) -> int:
