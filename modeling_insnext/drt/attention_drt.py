@@ -1,12 +1,13 @@
-"""Sliding-window attention with ALiBi, and the backends that compute it.
+"""Sliding-window attention, with ALiBi or without, and the backends that compute it.
 
 Shape suffixes: B rows, H query heads, G key heads, L new slots, K = M + L keys (M remembered, then the new ones), D
 head width. Window w counts the token itself: query i (key number M + i) sees the keys j with
 
     0 <= M + i - j < w,
 
-of these only the last `memory_B[b]` + L (what a row remembers ends at its first new slot). Head h adds
--2^(-8(h+1)/H) * (M + i - j) to its scores (ALiBi, arXiv:2108.12409). Four new slots behind two remembered ones, w = 3:
+of these only the last `memory_B[b]` + L (what a row remembers ends at its first new slot). With ALiBi
+(arXiv:2108.12409) head h adds -2^(-8(h+1)/H) * (M + i - j) to its scores; with other position encodings all slopes are
+0. Four new slots behind two remembered ones, w = 3:
 
     key      0 1 2 3 4 5
     query 0  x x x . . .
@@ -27,10 +28,11 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 
 class Window(NamedTuple):
-    """What every layer of one forward pass needs to know about who sees whom.
+    """What every layer of one forward pass needs to know about who sees whom, and from where.
 
     `memory` is the number of remembered keys of each row, out of `remembered` key places; `first` the position of each
-    row's first new slot. A window over everything has `size` = None.
+    row's first new slot. A window over everything has `size` = None. `rotary` are the cosines and sines that turn
+    queries and new keys, `None` without rotary positions.
     """
 
     size: int | None
@@ -39,6 +41,8 @@ class Window(NamedTuple):
     memory: list[int]
     chunk_length: int
     first: list[int]
+    alibi: bool = True
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 def alibi_slopes(num_heads: int, device=None) -> torch.Tensor:
@@ -46,10 +50,15 @@ def alibi_slopes(num_heads: int, device=None) -> torch.Tensor:
     return torch.pow(2.0, -8.0 * torch.arange(1, num_heads + 1, device=device).double() / num_heads)
 
 
-def _bias(distance: torch.Tensor, size: int | None, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
+def window_slopes(window: Window, num_heads: int, device=None) -> torch.Tensor:
+    """Return the slopes of a window's scores, float64 `[H]`: zeros unless its positions are ALiBi."""
+    slopes_H = alibi_slopes(num_heads, device)
+    return slopes_H if window.alibi else torch.zeros_like(slopes_H)
+
+
+def _bias(distance: torch.Tensor, size: int | None, slopes_H: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return -slope * distance `[H, ...]`, `-inf` where the window does not reach."""
-    wide = torch.promote_types(dtype, torch.float32)
-    slopes = alibi_slopes(num_heads, distance.device).to(wide).view(-1, *[1] * distance.ndim)
+    slopes = slopes_H.to(torch.promote_types(dtype, torch.float32)).view(-1, *[1] * distance.ndim)
     hidden = (distance < 0) if size is None else (distance < 0) | (distance >= size)
     return (-slopes * distance).masked_fill(hidden, -torch.inf).to(dtype)
 
@@ -67,7 +76,8 @@ def dense_bias(window: Window, num_heads: int, like: torch.Tensor) -> torch.Tens
     """Return the additive mask `[1 or B, H, L, K]`: the definition."""
     K = window.remembered + window.width
     query_L1 = torch.arange(window.remembered, K, device=like.device)[:, None]
-    bias = _bias(query_L1 - torch.arange(K, device=like.device), window.size, num_heads, like.dtype)[None]
+    slopes_H = window_slopes(window, num_heads, like.device)
+    bias = _bias(query_L1 - torch.arange(K, device=like.device), window.size, slopes_H, like.dtype)[None]
     forgotten = _forgotten(window, K, like.device)
     return bias if forgotten is None else bias.masked_fill(forgotten, -torch.inf)
 
@@ -103,7 +113,8 @@ def band_bias(window: Window, num_heads: int, like: torch.Tensor) -> BandBias:
     if size is None or window.width <= size:
         return BandBias(dense_bias(window, num_heads, like), None, None)
     query_W1 = torch.arange(size, 2 * size, device=like.device)[:, None]
-    band = _bias(query_W1 - torch.arange(2 * size, device=like.device), size, num_heads, like.dtype)[None]
+    slopes_H = window_slopes(window, num_heads, like.device)
+    band = _bias(query_W1 - torch.arange(2 * size, device=like.device), size, slopes_H, like.dtype)[None]
     # the band starts `size` keys before the first query: places there are padding, or hold what rows remember
     padded = window._replace(remembered=size, memory=[min(n, size) for n in window.memory])
     forgotten = _forgotten(padded, 2 * size, like.device)
@@ -151,7 +162,7 @@ def flex_mask(window: Window, num_heads: int, like: torch.Tensor):
         near = distance >= 0 if size is None else (distance >= 0) & (distance < size)
         return near & (k >= missing_B[b])
 
-    slopes_H = alibi_slopes(num_heads, like.device).to(torch.promote_types(like.dtype, torch.float32))
+    slopes_H = window_slopes(window, num_heads, like.device).to(torch.promote_types(like.dtype, torch.float32))
     mask = create_block_mask(sees, len(window.memory), None, window.width, K, device=like.device)
     return slopes_H, mask
 
@@ -200,13 +211,3 @@ WINDOW_BACKENDS = {
     "sdpa": WindowBackend(band_bias, sdpa_attention),
     "flex_attention": WindowBackend(flex_mask, flex_attention),
 }
-
-
-def rotate(x_BHPD: torch.Tensor, theta: float) -> torch.Tensor:
-    """Return x with rotary positions 0..P-1, halves rotated (RoPE, arXiv:2104.09864; the layout of Llama)."""
-    P, D = x_BHPD.shape[-2:]
-    wide = torch.promote_types(x_BHPD.dtype, torch.float32)
-    rate = theta ** (-torch.arange(0, D, 2, device=x_BHPD.device, dtype=wide) / D)
-    angle = (torch.arange(P, device=x_BHPD.device, dtype=wide)[:, None] * rate).repeat(1, 2)
-    left, right = x_BHPD.chunk(2, dim=-1)
-    return x_BHPD * angle.cos().to(x_BHPD.dtype) + torch.cat([-right, left], -1) * angle.sin().to(x_BHPD.dtype)

@@ -64,6 +64,15 @@ FINGERPRINT_FIELDS = (
     "rms_norm_eps",
     "encoder_rms_norm_eps",
 )
+# younger than the first files: what a file that does not name them means
+YOUNGER_FIELDS = {
+    "position_encoding": "alibi",
+    "rope_parameters": None,
+    "qk_norm": False,
+    "norm": "rmsnorm",
+    "gated_mlp": True,
+    "hidden_act": "silu",
+}
 
 
 class Entry(NamedTuple):
@@ -95,7 +104,7 @@ def weights_digest(decoder) -> str:
 
 def fingerprint(decoder) -> dict:
     """Return what a file and a model must have in common."""
-    fields = {name: getattr(decoder.config, name) for name in FINGERPRINT_FIELDS}
+    fields = {name: getattr(decoder.config, name) for name in (*FINGERPRINT_FIELDS, *YOUNGER_FIELDS)}
     return {**fields, "dtype": str(decoder.dtype), "weights": weights_digest(decoder)}
 
 
@@ -251,8 +260,8 @@ def _read(path, entry: Entry) -> torch.Tensor:
 
 
 def _check_model(path, saved: dict, decoder) -> None:
-    for name in FINGERPRINT_FIELDS:
-        held, wanted = saved.get(name), getattr(decoder.config, name)
+    for name in (*FINGERPRINT_FIELDS, *YOUNGER_FIELDS):
+        held, wanted = saved.get(name, YOUNGER_FIELDS.get(name)), getattr(decoder.config, name)
         if held != wanted:
             raise ValueError(f"{path} is a memory of another model: {name} is {held!r} in it, {wanted!r} in the model")
     if saved.get("dtype") != str(decoder.dtype):

@@ -5,6 +5,7 @@ Source: Hu et al., "Efficient Length-Generalizable Attention via Causal Retrieva
 """
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .peft_drt import register_adapter_targets
 
@@ -18,6 +19,10 @@ RESIDUALS = ("bypass", "stream")
 FUSIONS = ("gca", "cca")
 RETRIEVERS = ("learned", "random", "fixed")
 SELF_ATTENTIONS = ("window", "landmark")
+POSITION_ENCODINGS = ("alibi", "rope", "learned")
+NORMS = ("rmsnorm", "layernorm")
+# scalings whose frequencies do not depend on how much has been read: a cache keeps keys as they were turned
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # smallest values of what must be an integer
 SIZES = {
@@ -58,8 +63,9 @@ class DrtConfig(PreTrainedConfig):
         vocab_size: Number of token ids; ids are in `[0, vocab_size)`. Landmarks are no ids: they have a vector of
             their own.
         hidden_size: Width D of the residual stream.
-        intermediate_size: Width of the SwiGLU feed-forward.
-        num_attention_heads: Number of query heads H; `hidden_size` must be a multiple of it.
+        intermediate_size: Width of the feed-forward.
+        num_attention_heads: Number of query heads H.
+        head_dim: Width of a head; `None` means `hidden_size / num_attention_heads`.
         num_key_value_heads: Heads G of keys and values, of the window and of the chunk memory; `None` means
             `num_attention_heads`.
         num_lower_layers: Layers below the chunk encoder.
@@ -81,10 +87,24 @@ class DrtConfig(PreTrainedConfig):
             bag-of-tokens vectors (which of several chunks of the same tokens is chosen, is left open).
         self_attention: `"window"`, or `"landmark"`: the grouped softmax of Landmark Attention (arXiv:2305.16300), a
             baseline; it needs `sliding_window=None`, `retrieval_groups=[]` and `landmark_source="token"`.
+        position_encoding: Positions of self-attention: `"alibi"`, `"rope"`, or `"learned"` vectors added to the
+            embeddings. Positions count a row's own slots, landmarks in the text included.
+        rope_parameters: For `"rope"`, as in Transformers: `{"rope_type": "default", "rope_theta": 10000.0}`, or
+            another type of `ROPE_TYPES` with what it needs.
+        max_position_embeddings: For `"learned"`, how many positions there are: no text is longer. Otherwise the
+            length that the weights were trained for, if known; nothing is cut there.
+        qk_norm: Whether every head's queries and keys pass an RMSNorm before they are turned.
+        attention_bias: Whether the projections to queries, keys and values of self-attention have biases.
+        attention_output_bias: Whether the output projection of self-attention has one.
+        norm: Kind of the decoder's norms, in its layers and before the head: `"rmsnorm"` or `"layernorm"`. What serves
+            retrieval (chunk encoder, cross-attention, queries) has RMSNorms and, but for `mlp_bias`, no biases.
+        gated_mlp: Whether the feed-forward is down(act(gate(x)) * up(x)) or down(act(up(x))).
+        hidden_act: Its activation, by the name Transformers gives it.
+        mlp_bias: Whether its projections have biases.
         encoder_rope_theta: Base of the rotary positions inside the chunk encoder.
         attention_dropout: Dropout probability on window attention weights in training.
         initializer_range: Standard deviation of the normal initialisation.
-        rms_norm_eps: Epsilon of the decoder's RMSNorms.
+        rms_norm_eps: Epsilon of the decoder's norms.
         encoder_rms_norm_eps: Epsilon of the encoder's RMSNorms.
         tie_word_embeddings: Whether the head reuses the input embedding.
         code_version: Version of the code that saved the checkpoint; `save_pretrained` of a model writes it.
@@ -102,6 +122,7 @@ class DrtConfig(PreTrainedConfig):
     intermediate_size: int = 2048
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
+    head_dim: int | None = None
     num_lower_layers: int = 6
     retrieval_groups: list[int] | tuple[int, ...] = (6,)
     num_encoder_layers: int = 2
@@ -114,6 +135,16 @@ class DrtConfig(PreTrainedConfig):
     fusion: str = "gca"
     retriever: str = "learned"
     self_attention: str = "window"
+    position_encoding: str = "alibi"
+    rope_parameters: dict | None = None
+    max_position_embeddings: int | None = None
+    qk_norm: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    norm: str = "rmsnorm"
+    gated_mlp: bool = True
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
     encoder_rope_theta: float = 10000.0
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -134,7 +165,11 @@ class DrtConfig(PreTrainedConfig):
         self._check_shape(num_hidden_layers)
         self._check_choices()
         self._check_numbers()
+        self._check_positions()
         super().__post_init__(**kwargs)
+        if self.position_encoding != "rope":
+            # the base class fills every field of this name
+            self.rope_parameters = None
 
     def _check_sizes(self):
         for name, least in SIZES.items():
@@ -153,15 +188,17 @@ class DrtConfig(PreTrainedConfig):
             raise ValueError(f"there must be at least one layer, got {layers}")
         if num_hidden_layers not in (None, self.num_hidden_layers):
             raise ValueError(f"layers must add up to num_hidden_layers={num_hidden_layers}, got {layers}")
-        for whole, part in (
-            ("hidden_size", "num_attention_heads"),
-            ("num_attention_heads", "num_key_value_heads"),
-        ):
+        wholes = [("num_attention_heads", "num_key_value_heads")]
+        if self.head_dim is None:
+            wholes.insert(0, ("hidden_size", "num_attention_heads"))
+        for whole, part in wholes:
             if getattr(self, whole) % getattr(self, part):
                 raise ValueError(
                     f"{whole} must be a multiple of {part}, got {getattr(self, whole)} and {getattr(self, part)}"
                 )
-        if self.head_dim % 2:
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if not _is_integer(self.head_dim, 1) or self.head_dim % 2:
             raise ValueError(f"the head width must be even (rotary positions of the encoder), got {self.head_dim}")
         window = self.sliding_window
         if self.retrieval_groups and window is not None and window <= self.chunk_length:
@@ -179,6 +216,9 @@ class DrtConfig(PreTrainedConfig):
             ("fusion", FUSIONS),
             ("retriever", RETRIEVERS),
             ("self_attention", SELF_ATTENTIONS),
+            ("position_encoding", POSITION_ENCODINGS),
+            ("norm", NORMS),
+            ("hidden_act", tuple(ACT2FN)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
@@ -202,14 +242,26 @@ class DrtConfig(PreTrainedConfig):
                 if token is not None and not 0 <= token < self.vocab_size:
                     raise ValueError(f"{name} must be in [0, {self.vocab_size}), got {token}")
 
+    def _check_positions(self):
+        kind, given, longest = self.position_encoding, self.rope_parameters, self.max_position_embeddings
+        if given is not None and kind != "rope":
+            raise ValueError(f'rope_parameters need position_encoding="rope", got {kind!r}')
+        if kind == "rope":
+            rope_type = (given or {}).get("rope_type", "default")
+            if rope_type not in ROPE_TYPES:
+                raise ValueError(f"rope_type must be one of {ROPE_TYPES}, got {rope_type!r}")
+            if (given or {}).get("partial_rotary_factor", 1.0) != 1.0:
+                raise ValueError(f"whole heads are turned, got partial_rotary_factor={given['partial_rotary_factor']}")
+        if (longest is not None or kind == "learned") and not _is_integer(longest, 1):
+            raise ValueError(
+                f"max_position_embeddings must be an integer of at least 1 (position_encoding={kind!r}), "
+                f"got {longest!r}"
+            )
+
     def to_dict(self) -> dict:
         """Return the fields; PEFT asks for them before it looks up target modules by model type."""
         register_adapter_targets(self.model_type)
         return super().to_dict()
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def num_hidden_layers(self) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .attention_drt import WINDOW_BACKENDS, Window, WindowBackend, alibi_slopes
+from .attention_drt import WINDOW_BACKENDS, Window, WindowBackend, window_slopes
 
 
 # inside `try`, Transformers does not count an import among those that remote code needs
@@ -51,7 +51,7 @@ def window_intervals(window: Window, num_heads: int, like: torch.Tensor) -> Inte
     start_BL = torch.tensor([M - held for held in window.memory], device=like.device)[:, None].expand_as(entries_BL)
     if window.size is not None:
         start_BL = torch.maximum(start_BL, entries_BL - window.size + 1)
-    slopes_H = alibi_slopes(num_heads, like.device).float()
+    slopes_H = window_slopes(window, num_heads, like.device).float()
     table = offset_table(None, entries_BL, start_BL, entries_BQ=entries_BL, num_keys=M + window.width, impl="triton")
     return Intervals(start_BL, entries_BL, slopes_H, torch.zeros_like(slopes_H), table)
 

@@ -7,7 +7,7 @@ softmax among these (the landmark itself keeps nothing). Blocks of three, `^` la
     key      a b ^ c d            p(^) exp(s_b) / (exp(s_a) + exp(s_b)),
     block    0 0 0 1 1            p(^) = exp(s_^) / (exp(s_^) + exp(s_c) + exp(s_d))
 
-Scores include ALiBi, as elsewhere in this folder. Dense: O(L K) memory. Source: Mohtashami and Jaggi,
+Scores include positions, as elsewhere in this folder. Dense: O(L K) memory. Source: Mohtashami and Jaggi,
 arXiv:2305.16300, section 3.1.
 """
 

@@ -9,12 +9,13 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_drt import Window, WindowBackend, rotate
+from .attention_drt import Window, WindowBackend
 from .cache_drt import ChunkMemoryCache
 from .configuration_drt import DrtConfig
 from .kernels_drt import BACKENDS
 from .landmark_attention_drt import LANDMARK_BACKEND
 from .layout_drt import shift_rows
+from .positions_drt import rotate, turn
 from .retrieval_drt import FUSED
 
 
@@ -36,31 +37,44 @@ def window_backend(config: DrtConfig) -> WindowBackend:
     return backends[name]
 
 
+def decoder_norm(config: DrtConfig) -> nn.Module:
+    """Return a norm over the decoder's width, of the kind that `config.norm` names."""
+    kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.rms_norm_eps)
+
+
 class DrtAttention(nn.Module):
-    """Self-attention over a window, ALiBi."""
+    """Self-attention over a window."""
 
     def __init__(self, config: DrtConfig, layer_idx: int):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        D, kv_width = config.hidden_size, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(D, D, bias=False)
-        self.k_proj = nn.Linear(D, kv_width, bias=False)
-        self.v_proj = nn.Linear(D, kv_width, bias=False)
-        self.o_proj = nn.Linear(D, D, bias=False)
+        D, q_width = config.hidden_size, config.num_attention_heads * self.head_dim
+        kv_width = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(D, q_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(D, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_width, D, bias=config.attention_output_bias)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
     def forward(self, hidden_BLD, prepared, window: Window, past: ChunkMemoryCache | None, lengths: list[int]):
         heads = (*hidden_BLD.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_BLD).view(heads).transpose(1, 2)
         key = self.k_proj(hidden_BLD).view(heads).transpose(1, 2)
         value = self.v_proj(hidden_BLD).view(heads).transpose(1, 2)
+        if self.q_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        if window.rotary is not None:
+            query, key = turn(query, *window.rotary), turn(key, *window.rotary)
         if past is not None:
             key, value = past.append(self.layer_idx, key, value, lengths)
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = window_backend(self.config).attend
         out_BHLD = attend(query, key, value, prepared, window, scaling=self.head_dim**-0.5, dropout=dropout)
-        return self.o_proj(out_BHLD.transpose(1, 2).reshape(hidden_BLD.shape))
+        return self.o_proj(out_BHLD.transpose(1, 2).flatten(2))
 
 
 class DrtCrossAttention(nn.Module):
@@ -70,12 +84,12 @@ class DrtCrossAttention(nn.Module):
         super().__init__()
         self.config = config
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, hidden_BLD, key, value, indices_BCK, weights_BCK, phases: list[int] | None):
         """`phases[b]` is the place in its chunk of row b's slot 0; `None`: all slots are in one chunk."""
-        B, L, D = hidden_BLD.shape
+        B, L = hidden_BLD.shape[:2]
         query_BHLD = self.q_proj(self.norm(hidden_BLD)).view(B, L, -1, self.config.head_dim).transpose(1, 2)
         if phases is not None:
             aligned = indices_BCK.shape[1] * self.config.chunk_length
@@ -86,18 +100,23 @@ class DrtCrossAttention(nn.Module):
         out_BHLD = attend(query_BHLD, key, value, indices_BCK, weights_BCK.to(query_BHLD.dtype), off_by_one=off_by_one)
         if phases is not None:
             out_BHLD = shift_rows(out_BHLD, phases, L, dim=2)
-        return self.o_proj(out_BHLD.transpose(1, 2).reshape(B, L, D))
+        return self.o_proj(out_BHLD.transpose(1, 2).flatten(2))
 
 
 class DrtMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), or without a gate down(act(up(x)))."""
+
     def __init__(self, config: DrtConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act = ACT2FN["silu"]
+        D, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = nn.Linear(D, width, bias=bias) if config.gated_mlp else None
+        self.up_proj = nn.Linear(D, width, bias=bias)
+        self.down_proj = nn.Linear(width, D, bias=bias)
+        self.act = ACT2FN[config.hidden_act]
 
     def forward(self, hidden):
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(hidden)))
         return self.down_proj(self.act(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
@@ -109,8 +128,8 @@ class DrtLayer(GradientCheckpointingLayer):
         self.self_attn = DrtAttention(config, layer_idx)
         self.cross_attn = DrtCrossAttention(config) if retrieves else None
         self.mlp = DrtMLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = decoder_norm(config)
+        self.post_attention_layernorm = decoder_norm(config)
         self.bypass = config.residual == "bypass"
 
     # tensors that need gradients stand first: reentrant checkpointing sees positional arguments only
@@ -128,12 +147,12 @@ class DrtEncoderLayer(nn.Module):
 
     def __init__(self, config: DrtConfig):
         super().__init__()
-        D = config.hidden_size
+        D, width = config.hidden_size, config.num_attention_heads * config.head_dim
         self.head_dim, self.theta = config.head_dim, config.encoder_rope_theta
-        self.q_proj = nn.Linear(D, D, bias=False)
-        self.k_proj = nn.Linear(D, D, bias=False)
-        self.v_proj = nn.Linear(D, D, bias=False)
-        self.o_proj = nn.Linear(D, D, bias=False)
+        self.q_proj = nn.Linear(D, width, bias=False)
+        self.k_proj = nn.Linear(D, width, bias=False)
+        self.v_proj = nn.Linear(D, width, bias=False)
+        self.o_proj = nn.Linear(width, D, bias=False)
         self.mlp = DrtMLP(config)
         self.input_layernorm = nn.RMSNorm(D, eps=config.encoder_rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(D, eps=config.encoder_rms_norm_eps)
@@ -145,7 +164,7 @@ class DrtEncoderLayer(nn.Module):
             proj(normed).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = nn.functional.scaled_dot_product_attention(rotate(query, self.theta), rotate(key, self.theta), value)
-        hidden_NPD = hidden_NPD + self.o_proj(out.transpose(1, 2).reshape(hidden_NPD.shape))
+        hidden_NPD = hidden_NPD + self.o_proj(out.transpose(1, 2).flatten(2))
         return hidden_NPD + self.mlp(self.post_attention_layernorm(hidden_NPD))
 
 
@@ -181,4 +200,4 @@ class DrtChunkEncoder(nn.Module):
         return landmarks.unflatten(0, shape), keys_values.unflatten(0, shape)
 
 
-__all__ = ["DrtChunkEncoder", "DrtLayer", "window_backend"]
+__all__ = ["DrtChunkEncoder", "DrtLayer", "decoder_norm", "window_backend"]

@@ -33,9 +33,10 @@ from .cache_drt import ChunkMemoryCache
 from .checkpoint_drt import CheckedLoadingMixin
 from .configuration_drt import CODE_VERSION, DrtConfig
 from .generation_drt import DrtGenerationMixin
-from .layers_drt import DrtChunkEncoder, DrtLayer, window_backend
+from .layers_drt import DrtChunkEncoder, DrtLayer, decoder_norm, window_backend
 from .layout_drt import Layout, build_layout, put_in, shift_rows, take_out
 from .memory_drt import ParallelMemory
+from .positions_drt import rope_frequencies, rotary_table, slot_positions
 from .retrieval_drt import Retrieved, best_chunks, chance, chunk_weights
 
 
@@ -79,8 +80,12 @@ class DrtPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=std)
-        elif isinstance(module, nn.RMSNorm):
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
             init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, DrtChunkEncoder) and self.config.landmark_source == "cls":
             init.normal_(module.cls, std=std)
         elif isinstance(module, DrtModel):
@@ -98,6 +103,9 @@ class DrtModel(DrtPreTrainedModel):
         window_backend(config)
         D = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
+        if config.position_encoding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, D)
+        self.rope = rope_frequencies(config) if config.position_encoding == "rope" else None
         if config.has_landmark_tokens:
             self.landmark = nn.Parameter(torch.zeros(D))
         lower, upper = config.num_lower_layers, sum(config.retrieval_groups)
@@ -110,7 +118,7 @@ class DrtModel(DrtPreTrainedModel):
                 )
             elif config.retriever == "fixed":
                 self.register_buffer("bag_of_tokens", torch.zeros(config.vocab_size, FIXED_WIDTH))
-        self.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        self.norm = decoder_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -159,7 +167,10 @@ class DrtModel(DrtPreTrainedModel):
                 past.advance(layout, embeds.shape[1])
                 return BaseModelOutputWithPast(last_hidden_state=torch.zeros_like(embeds), past_key_values=past)
         hidden = put_in(layout, embeds, self.landmark if self.config.has_landmark_tokens else None)
-        states = [embeds] if output_hidden_states or self.config.output_hidden_states else None
+        if self.config.position_encoding == "learned":
+            last = self.config.max_position_embeddings - 1
+            hidden = hidden + self.embed_positions(slot_positions(layout, hidden.device).clamp_max(last))
+        states = [take_out(layout, hidden)] if output_hidden_states or self.config.output_hidden_states else None
         lower = self.config.num_lower_layers
         hidden = self._run(range(lower), hidden, layout, past, states)
         if self.config.retrieval_groups:
@@ -206,6 +217,11 @@ class DrtModel(DrtPreTrainedModel):
         real_BQ = self._real(attention_mask, B, Q, past)
         sizes = (self.config.chunk_size, self.config.has_landmark_tokens)
         layout = build_layout((B, Q), given.device, *sizes, seen, real_BQ)
+        limit = self.config.max_position_embeddings
+        if self.config.position_encoding == "learned" and max(layout.ends) > limit:
+            raise ValueError(
+                f"with learned positions a text holds at most max_position_embeddings={limit}, got {max(layout.ends)}"
+            )
         if alone and 0 in layout.lengths:
             raise ValueError(f"every row needs at least one token, got rows of {layout.lengths} positions")
         return layout, past
@@ -241,6 +257,8 @@ class DrtModel(DrtPreTrainedModel):
             tail.valid if remembered else [0] * len(hidden),
             self.config.chunk_length,
             layout.first,
+            self.config.position_encoding == "alibi",
+            self.rope and rotary_table(slot_positions(layout, hidden.device), *self.rope, hidden.dtype),
         )
         prepared = window_backend(self.config).prepare(window, self.config.num_attention_heads, hidden)
         for index in layers:

@@ -23,6 +23,21 @@ TINY = {
     "initializer_range": 0.3,
 }
 
+# the forms of decoder that other families have: Llama's positions, Qwen3's heads, GPT-2
+ROPE = {"position_encoding": "rope"}
+QWEN = {**ROPE, "qk_norm": True, "head_dim": 6, "attention_bias": True, "rope_parameters": {"rope_theta": 50.0}}
+GPT2 = {
+    "position_encoding": "learned",
+    "max_position_embeddings": 150,
+    "norm": "layernorm",
+    "attention_bias": True,
+    "attention_output_bias": True,
+    "gated_mlp": False,
+    "hidden_act": "gelu",
+    "mlp_bias": True,
+}
+FORMS = {"rope": ROPE, "qwen": QWEN, "gpt2": {**GPT2, "landmark_source": "mean"}, "gpt2_landmarks": GPT2}
+
 
 def tiny_config(**changes) -> DrtConfig:
     return DrtConfig(**{**TINY, **changes})

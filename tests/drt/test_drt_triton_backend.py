@@ -20,6 +20,7 @@ SHAPES = {
     "x2": {},
     "mean, stream, dropped": {"landmark_source": "mean", "residual": "stream", "landmark_slot": "dropped"},
     "everything": {"sliding_window": None, "retrieval_groups": [1]},
+    "rope": {"position_encoding": "rope", "retrieval_groups": [1], "landmark_source": "mean"},
 }
 
 

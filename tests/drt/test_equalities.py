@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers_drt import padded, random_ids, read, tiny_model, whole
+from helpers_drt import FORMS, padded, random_ids, read, tiny_model, whole
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -34,6 +34,7 @@ CONFIGS = {
     "window_model": {"retrieval_groups": [], "num_lower_layers": 3},
     "full_attention": {"retrieval_groups": [], "sliding_window": None},
     "landmark_attention": {"retrieval_groups": [], "sliding_window": None, "self_attention": "landmark"},
+    **FORMS,
 }
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 
@@ -58,6 +59,7 @@ def configs(draw):
     if changes["chunk_size"] < 3 and changes["retriever"] == "fixed":
         # chunks of the same few tokens have the same score, and any of them may be chosen
         changes["retriever"] = "random"
+    changes |= draw(st.sampled_from([{}, {}, *FORMS.values()]))
     least = changes["chunk_size"] + 2
     window = draw(st.one_of(st.none(), st.integers(least, least + 8)))
     return {**changes, "sliding_window": window}
@@ -92,7 +94,7 @@ def test_decoding_and_segments_of_any_length_are_one_pass(changes, step):
         assert min(past.memory.counts) == LENGTH // model.config.chunk_size > model.config.num_retrieved_chunks
 
 
-@pytest.mark.parametrize("name", ["x2", "no_window", "landmark_attention", "chunks_of_eight"])
+@pytest.mark.parametrize("name", ["x2", "no_window", "landmark_attention", "chunks_of_eight", "rope", "gpt2"])
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
 def test_every_attention_implementation_is_the_same_function(name, implementation):
     if (name, implementation) == ("landmark_attention", "flex_attention"):
@@ -121,7 +123,7 @@ def test_a_row_of_a_ragged_batch_is_the_row_alone(changes):
         assert error > 1e-3 if side == "left" else error < CLOSE
 
 
-@pytest.mark.parametrize("name", ["x2", "cls", "cca", "random", "fixed", "chunks_of_one"])
+@pytest.mark.parametrize("name", ["x2", "cls", "cca", "random", "fixed", "chunks_of_one", "qwen", "gpt2"])
 @pytest.mark.parametrize("location", ["host", "disk"])
 def test_where_chunks_lie_changes_nothing(name, location, tmp_path):
     model, ids = tiny_model(**CONFIGS[name]), random_ids(2, LENGTH)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers_drt import random_ids, tiny_model, whole
+from helpers_drt import FORMS, ROPE, random_ids, tiny_model, whole
 from twin_drt import brute_force_logits
 
 from modeling_insnext.drt import attention_drt, layers_drt, memory_drt, modeling_drt
@@ -40,6 +40,8 @@ CONFIGS = {
     "two_encoder_layers": {"num_encoder_layers": 2, "encoder_rope_theta": 50.0},
     "untied": {"tie_word_embeddings": False},
     "large_eps": {"rms_norm_eps": 0.3, "encoder_rms_norm_eps": 0.7},
+    "rope_window_model": {**ROPE, "retrieval_groups": [], "num_lower_layers": 2},
+    **FORMS,
 }
 
 
@@ -53,7 +55,7 @@ def make(**changes):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or name.endswith("bias"):
                 weight.add_(torch.rand(weight.shape, generator=generator, dtype=weight.dtype) - 0.5)
     return model
 
@@ -126,6 +128,8 @@ def test_every_rule_of_the_formulae_shows(name, monkeypatch):
         {"encoder_rope_theta": 100.0},
         {"num_retrieved_chunks": 3},
         {"sliding_window": 7},
+        {"hidden_act": "gelu"},
+        {"position_encoding": "rope"},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -134,3 +138,22 @@ def test_every_choice_of_the_config_shows(changes):
     ids, model, other = random_ids(1, LENGTH), make(), make(**changes)
     other.load_state_dict(model.state_dict())
     assert (whole(other, ids) - whole(model, ids)).abs().max() > 1e-4
+
+
+def test_every_choice_of_rotary_positions_shows():
+    ids, model = random_ids(1, LENGTH), make(**ROPE)
+    for given in (
+        {"rope_theta": 50.0},
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    ):
+        other = make(**ROPE, rope_parameters=given)
+        other.load_state_dict(model.state_dict())
+        assert (whole(other, ids) - whole(model, ids)).abs().max() > 1e-4

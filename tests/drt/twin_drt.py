@@ -11,33 +11,57 @@ def rms_norm(x, weight, eps):
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def swiglu(w, name, x):
-    gate, up = (x @ w[f"{name}.mlp.{part}_proj.weight"].T for part in ("gate", "up"))
-    return (gate * gate.sigmoid() * up) @ w[f"{name}.mlp.down_proj.weight"].T
+def decoder_norm(c, w, name, x):
+    if c.norm == "rmsnorm":
+        return rms_norm(x, w[f"{name}.weight"], c.rms_norm_eps)
+    spread = ((x - x.mean(-1, keepdim=True)) ** 2).mean(-1, keepdim=True)
+    return (x - x.mean(-1, keepdim=True)) / (spread + c.rms_norm_eps).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
-def rope(x_PD, theta):
-    """Turn pairs (x_i, x_{i + d/2}) of position p by p * theta^(-2i/d), as complex numbers."""
+def linear(w, name, x):
+    return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+
+def feed_forward(c, w, name, x):
+    act = {"silu": lambda z: z * z.sigmoid(), "gelu": lambda z: z * (1 + torch.erf(z / 2**0.5)) / 2}[c.hidden_act]
+    up = linear(w, f"{name}.mlp.up_proj", x)
+    inner = act(linear(w, f"{name}.mlp.gate_proj", x)) * up if c.gated_mlp else act(up)
+    return linear(w, f"{name}.mlp.down_proj", inner)
+
+
+def rope(x_PD, theta, dtype=torch.float64):
+    """Turn pairs (x_i, x_{i + d/2}) of position p by p * theta^(-2i/d), as complex numbers.
+
+    `dtype` is that of theta^(-2i/d): in float32 the frequencies are those of every Llama.
+    """
     half = x_PD.shape[-1] // 2
-    angle = torch.arange(len(x_PD))[:, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = torch.arange(len(x_PD))[:, None] * (1 / theta ** (torch.arange(half, dtype=dtype) / half)).double()
     turned = torch.complex(x_PD[:, :half], x_PD[:, half:]) * torch.polar(torch.ones_like(angle), angle)
     return torch.cat([turned.real, turned.imag], 1)
 
 
 def self_attention(c, w, name, x_LD):
-    """Position i sees i - w + 1 ... i; head h subtracts 2^(-8(h+1)/H) for every step back."""
+    """Position i sees i - w + 1 ... i; with ALiBi head h subtracts 2^(-8(h+1)/H) for every step back."""
     d, H = c.head_dim, c.num_attention_heads
-    q, k, v = (x_LD @ w[f"{name}.self_attn.{part}_proj.weight"].T for part in "qkv")
-    out = torch.zeros_like(x_LD)
+    q, k, v = (linear(w, f"{name}.self_attn.{part}_proj", x_LD) for part in "qkv")
+    for x, part in ((q, "q"), (k, "k")):
+        for h in range(x.shape[1] // d):
+            head = x[:, h * d : h * d + d]
+            if c.qk_norm:
+                head = rms_norm(head, w[f"{name}.self_attn.{part}_norm.weight"], c.rms_norm_eps)
+            if c.position_encoding == "rope":
+                head = rope(head, c.rope_parameters["rope_theta"], torch.float32)
+            x[:, h * d : h * d + d] = head
+    out = torch.zeros_like(q)
     for i in range(len(x_LD)):
         first = 0 if c.sliding_window is None else max(0, i - c.sliding_window + 1)
         back = torch.arange(i - first, -1, -1)
         for h in range(H):
             g = h * c.num_key_value_heads // H
-            slope = 2 ** (-8 * (h + 1) / H)
+            slope = 2 ** (-8 * (h + 1) / H) if c.position_encoding == "alibi" else 0
             scores = k[first : i + 1, g * d : g * d + d] @ q[i, h * d : h * d + d] / d**0.5 - slope * back
             out[i, h * d : h * d + d] = scores.softmax(0) @ v[first : i + 1, g * d : g * d + d]
-    return out @ w[f"{name}.self_attn.o_proj.weight"].T
+    return linear(w, f"{name}.self_attn.o_proj", out)
 
 
 def encode_chunk(c, w, states_PD):
@@ -50,13 +74,13 @@ def encode_chunk(c, w, states_PD):
         name = f"encoder.layers.{n}"
         normed = rms_norm(x, w[f"{name}.input_layernorm.weight"], eps)
         q, k, v = (normed @ w[f"{name}.{part}_proj.weight"].T for part in "qkv")
-        mixed = torch.zeros_like(x)
+        mixed = torch.zeros_like(q)
         for h in range(c.num_attention_heads):
             own = slice(h * d, h * d + d)
             scores = rope(q[:, own], c.encoder_rope_theta) @ rope(k[:, own], c.encoder_rope_theta).T
             mixed[:, own] = (scores / d**0.5).softmax(-1) @ v[:, own]
         x = x + mixed @ w[f"{name}.o_proj.weight"].T
-        x = x + swiglu(w, name, rms_norm(x, w[f"{name}.post_attention_layernorm.weight"], eps))
+        x = x + feed_forward(c, w, name, rms_norm(x, w[f"{name}.post_attention_layernorm.weight"], eps))
     x = rms_norm(x, w["encoder.norm.weight"], eps)
     landmark = x[:S].mean(0) if c.landmark_source == "mean" else x[S]
     return landmark, x[:S] @ w["encoder.k_proj.weight"].T, x[:S] @ w["encoder.v_proj.weight"].T
@@ -76,7 +100,7 @@ def cross_attention(c, w, name, x_D, memory, found, weights):
     """Attention of one position to the chunks that serve it; a softmax in each ("gca") or over all ("cca")."""
     d, H = c.head_dim, c.num_attention_heads
     q = rms_norm(x_D, w[f"{name}.cross_attn.norm.weight"], c.rms_norm_eps) @ w[f"{name}.cross_attn.q_proj.weight"].T
-    out, one = torch.zeros_like(x_D), float(c.landmark_slot == "off_by_one")
+    out, one = torch.zeros_like(q), float(c.landmark_slot == "off_by_one")
     for h in range(H) if found else []:
         own, g = slice(h * d, h * d + d), h * c.num_key_value_heads // H
         shared = slice(g * d, g * d + d)
@@ -90,16 +114,14 @@ def cross_attention(c, w, name, x_D, memory, found, weights):
 
 def upper_layer(c, w, name, hidden_LD, memory, serving):
     """a = h + Attention(norm(h)); c = GCA(norm(a)); h' = a (or a + c, "stream") + SwiGLU(norm(a + c))."""
-    a = hidden_LD + self_attention(
-        c, w, name, rms_norm(hidden_LD, w[f"{name}.input_layernorm.weight"], c.rms_norm_eps)
-    )
+    a = hidden_LD + self_attention(c, w, name, decoder_norm(c, w, f"{name}.input_layernorm", hidden_LD))
     fused = a.clone()
     for i in range(len(a)):
         # what chunk t found serves chunk t + 1
         found, weights = serving.get(i // c.chunk_length - 1, ([], []))
         fused[i] += cross_attention(c, w, name, a[i], memory, found, weights)
-    normed = rms_norm(fused, w[f"{name}.post_attention_layernorm.weight"], c.rms_norm_eps)
-    return (a if c.residual == "bypass" else fused) + swiglu(w, name, normed)
+    normed = decoder_norm(c, w, f"{name}.post_attention_layernorm", fused)
+    return (a if c.residual == "bypass" else fused) + feed_forward(c, w, name, normed)
 
 
 @torch.no_grad()
@@ -113,12 +135,13 @@ def brute_force_logits(model, ids: list[int]) -> torch.Tensor:
         if c.landmark_source == "token" and c.retrieval_groups and n % c.chunk_size == c.chunk_size - 1:
             rows.append(w["landmark"])
     hidden, P = torch.stack(rows), c.chunk_length
+    if c.position_encoding == "learned":
+        hidden = hidden + w["embed_positions.weight"][: len(hidden)]
     for n in range(c.num_lower_layers):
         name = f"layers.{n}"
-        normed = rms_norm(hidden, w[f"{name}.input_layernorm.weight"], c.rms_norm_eps)
-        hidden = hidden + self_attention(c, w, name, normed)
-        normed = rms_norm(hidden, w[f"{name}.post_attention_layernorm.weight"], c.rms_norm_eps)
-        hidden = hidden + swiglu(w, name, normed)
+        hidden = hidden + self_attention(c, w, name, decoder_norm(c, w, f"{name}.input_layernorm", hidden))
+        normed = decoder_norm(c, w, f"{name}.post_attention_layernorm", hidden)
+        hidden = hidden + feed_forward(c, w, name, normed)
     chunks = range(len(hidden) // P if c.retrieval_groups else 0)
     memory = [encode_chunk(c, w, hidden[t * P : t * P + P]) for t in chunks]
     bags = None
@@ -136,4 +159,4 @@ def brute_force_logits(model, ids: list[int]) -> torch.Tensor:
         for _ in range(count):
             hidden = upper_layer(c, w, f"layers.{layer}", hidden, memory, serving)
             layer += 1
-    return rms_norm(hidden, w["norm.weight"], c.rms_norm_eps)[tokens] @ w["lm_head.weight"].T
+    return decoder_norm(c, w, "norm", hidden)[tokens] @ w["lm_head.weight"].T
