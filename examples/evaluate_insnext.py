@@ -6,16 +6,17 @@
    scored from the append-only cache (given tokens encoded together, written ones one by one) and from the same text
    just re-encoded as one block.
 2. Writing. The concepts of CommonGen dev are keywords in the order given; greedy texts with EBR off, at ratio 1 and at
-   every step. Coverage counts concepts that stand in the text as whole words; BLEU is sacrebleu's, all references.
+   every step. Coverage counts concepts that stand in the text as whole words; BLEU is sacrebleu's, all references;
+   both are modules of examples/metrics.
 """
 
 import json
-import re
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import evaluate
 import numpy as np
-import sacrebleu
 import torch
 from prepare_corpus import load_texts
 from report import environment, write_report
@@ -38,6 +39,7 @@ class EvaluationArguments:
     threads: int = 1
 
 
+METRICS = Path(__file__).parent / "metrics"
 WRITING = {
     "EBR off": {"ebr": False},
     "EBR ratio 1": {"ebr": True, "ebr_ratio": 1.0},
@@ -104,19 +106,14 @@ def write_concepts(model, tokenizer, rows: list[dict], batch_size: int, **option
         texts += tokenizer.batch_decode(out.sequences, skip_special_tokens=True)
         encoded += int(out.encoded_tokens.sum())
         written += int((out.insertion_steps > 0).sum())
-    hits = [
-        bool(re.search(rf"(?<!\w){re.escape(concept)}(?!\w)", text, re.IGNORECASE))
-        for text, row in zip(texts, rows, strict=True)
-        for concept in row["concepts"]
-    ]
-    width = max(len(row["references"]) for row in rows)
-    references = [[row["references"][i] if i < len(row["references"]) else None for row in rows] for i in range(width)]
-    bleu = sacrebleu.metrics.BLEU(lowercase=True)
-    score = bleu.corpus_score(texts, references, n_bootstrap=1000)
+    coverage, bleu = (evaluate.load(f"{METRICS}/{name}") for name in ("keyword_coverage", "bleu"))
+    covered = coverage.compute(predictions=texts, references=[row["concepts"] for row in rows])
+    references = [row["references"] for row in rows]
+    score = bleu.compute(predictions=texts, references=references, lowercase=True, bootstrap=1000)
     return {
-        "coverage": float(np.mean(hits)),
-        "bleu": score._mean,
-        "bleu_interval": score._ci,
+        "coverage": covered["coverage"],
+        "bleu": score["mean"],
+        "bleu_interval": score["interval"],
         "encoded_per_written": encoded / written,
         "seconds": time.perf_counter() - started,
         "examples": texts[:10],
