@@ -13,6 +13,7 @@ may lie in host memory or in a file (`--location`). A haystack shorter than the 
 Models without retrieval see a window a layer and nothing else: they read only the end of the text that they can see.
 """
 
+import json
 import shlex
 import sys
 import time
@@ -40,6 +41,9 @@ class Arguments:
         default_factory=lambda: [100], metadata={"help": "Texts a length: one number, or one each."}
     )
     num_ids: int = field(default=5, metadata={"help": "Random ids of a passkey, a value or a variable."})
+    id_range: str = field(
+        default="null", metadata={"help": "First and one past the last id of random strings, JSON; null: all."}
+    )
     num_noise: int | None = field(default=None, metadata={"help": "Needles nobody asks for; else the kind's."})
     batch_tokens: int = field(default=65536, metadata={"help": "Rows are read together up to so many tokens."})
     segment_length: int = field(default=16384, metadata={"help": "Tokens of a row read at a time."})
@@ -148,9 +152,14 @@ def main(arguments: Arguments) -> None:
     total = len(models) * len(arguments.kinds) * sum(counts)
     with tqdm(total=total, unit="text") as progress:
         for name, model, _ in models:
-            options = {"chunk_size": model.config.chunk_size, "num_ids": arguments.num_ids}
+            options = {
+                "chunk_size": model.config.chunk_size,
+                "num_ids": arguments.num_ids,
+                "num_noise": arguments.num_noise,
+                "id_range": json.loads(arguments.id_range),
+            }
             for kind in arguments.kinds:
-                task = NeedleTask(kind, tokenizer, num_noise=arguments.num_noise, **options)
+                task = NeedleTask(kind, tokenizer, **options)
                 for length, count in zip(arguments.lengths, counts, strict=True):
                     cell = evaluate(model, task, haystack, length, count, arguments, progress)
                     results.setdefault(name, {}).setdefault(kind, {})[str(length)] = cell

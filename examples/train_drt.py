@@ -22,6 +22,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from copying_init import start_from_copying
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -44,7 +45,7 @@ class DrtArguments:
     )
     needles: str = field(
         default='{"passkey": [0.2, 1], "multi_key": [0.45, 4], "two_hop": [0.35, 2]}',
-        metadata={"help": "Share and questions a text of each kind of needle, JSON."},
+        metadata={"help": "Share, questions a text and, if not num_ids, random ids of each kind of needle, JSON."},
     )
     num_ids: int = field(default=5, metadata={"help": "Random ids of a passkey, a value or a variable."})
     hidden_size: int = 128
@@ -56,7 +57,10 @@ class DrtArguments:
     chunk_size: int = 64
     num_retrieved_chunks: int = 8
     sliding_window: int = 160
-    config_overrides: str = field(default="{}", metadata={"help": "More fields of DrtConfig, JSON."})
+    config_overrides: str = field(
+        default="{}", metadata={"help": "Fields of DrtConfig, JSON; they also change what model_name_or_path holds."}
+    )
+    copying_init: bool = field(default=False, metadata={"help": "Start from copying_init.py, a new model only."})
     evaluation_rows: int = field(default=32, metadata={"help": "Held-out rows of each kind."})
 
 
@@ -85,6 +89,19 @@ def make_config(args: DrtArguments, tokenizer) -> DrtConfig:
     return config if args.baseline is None else config.baseline(args.baseline)
 
 
+def make_model(args: DrtArguments, tokenizer) -> DrtForCausalLM:
+    if args.model_name_or_path is not None:
+        if args.copying_init or args.baseline is not None:
+            raise ValueError("copying_init and baseline are for a new model, got model_name_or_path as well")
+        config = DrtConfig.from_pretrained(args.model_name_or_path, **json.loads(args.config_overrides))
+        args.chunk_size = config.chunk_size
+        return DrtForCausalLM.from_pretrained(args.model_name_or_path, config=config, dtype=torch.float32)
+    model = DrtForCausalLM(make_config(args, tokenizer))
+    if args.copying_init:
+        start_from_copying(model)
+    return model
+
+
 def make_tasks(args: DrtArguments, tokenizer, questions: int | None = None) -> dict[str, NeedleTask]:
     """Return the needle tasks; `questions` overrides the number of questions a text."""
     return {
@@ -92,11 +109,11 @@ def make_tasks(args: DrtArguments, tokenizer, questions: int | None = None) -> d
             kind,
             tokenizer,
             chunk_size=args.chunk_size,
-            num_ids=args.num_ids,
+            num_ids=width[0] if width else args.num_ids,
             num_questions=count if questions is None else questions,
             id_range=json.loads(args.id_range),
         )
-        for kind, (_, count) in json.loads(args.needles).items()
+        for kind, (_, count, *width) in json.loads(args.needles).items()
     }
 
 
@@ -107,7 +124,7 @@ class BooksAndNeedles(IterableDataset):
         self.books = np.load(f"{args.corpus}/train.npy", mmap_mode="r")
         self.tasks = make_tasks(args, tokenizer)
         self.kinds = ["books", "repeat", *self.tasks]
-        shares = np.array([share for share, _ in json.loads(args.needles).values()])
+        shares = np.array([share for share, *_ in json.loads(args.needles).values()])
         books = 1 - args.needle_share - args.repeat_share
         if books < -1e-9:
             raise ValueError(f"needle_share + repeat_share must be at most 1, got {1 - books}")
@@ -188,10 +205,7 @@ def main():
     args, training = HfArgumentParser((DrtArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(f"{args.corpus}/tokenizer")
-    if args.model_name_or_path is None:
-        model = DrtForCausalLM(make_config(args, tokenizer))
-    else:
-        model = DrtForCausalLM.from_pretrained(args.model_name_or_path, dtype=torch.float32)
+    model = make_model(args, tokenizer)
     if args.attn_implementation is not None:
         model.set_attn_implementation(args.attn_implementation)
     print(f"{model.num_parameters():,} parameters, {training.train_batch_size * args.length:,} tokens a step")
