@@ -1,0 +1,196 @@
+"""Checkpoint folders: read them, check every tensor by name, write them whole or not at all.
+
+Only safetensors and `torch.load(weights_only=True)`: reading a checkpoint runs none of its code.
+"""
+
+import json
+import os
+import pickle
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+
+import modeling_insnext
+
+
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+# what may stand around the tensors in a pickled file
+WRAPPERS = ("state_dict", "model")
+
+
+def named(names: Iterable[str], limit: int = 5) -> str:
+    """Return the first names, and how many more there are."""
+    names = sorted(names)
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def read_tensors(source: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Return all tensors of a checkpoint by name, on the CPU.
+
+    Args:
+        source: A folder as `save_pretrained` writes it (one file, or shards with an index), or one file of tensors.
+
+    Raises:
+        ValueError: If there are no weights, the index and its shards differ, or a file is no file of tensors.
+    """
+    source = Path(source)
+    if source.is_file():
+        return _read_file(source)
+    for index in (source / name for name in INDEX_FILES):
+        if index.is_file():
+            return _read_shards(index)
+    for file in (source / name for name in SINGLE_FILES):
+        if file.is_file():
+            return _read_file(file)
+    raise ValueError(f"{source} must be a file of tensors or hold one of {(*INDEX_FILES, *SINGLE_FILES)}, got none")
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    tensors, places = {}, {}
+    for shard in sorted(set(promised.values())):
+        if Path(shard).name != shard or not (index.parent / shard).is_file():
+            raise ValueError(f"{index} must name shards that stand beside it, got {shard}, which does not")
+        for name, tensor in _read_file(index.parent / shard).items():
+            tensors[name], places[name] = tensor, shard
+    wrong = [name for name in {*promised, *places} if promised.get(name) != places.get(name)]
+    if wrong:
+        raise ValueError(f"{index} and its shards must hold the same tensors, they differ in {named(wrong)}")
+    return tensors
+
+
+def _read_file(file: Path) -> dict[str, torch.Tensor]:
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return {name: opened.get_tensor(name) for name in opened.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{file} must be a whole safetensors file: {error}") from error
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} must hold tensors and nothing that runs: {str(error).splitlines()[0]}") from error
+    for key in WRAPPERS:
+        if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
+            tensors = tensors[key]
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{file} must hold tensors by name, got something else")
+    return dict(tensors)
+
+
+def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Return the names of tensors with an infinite entry or one that is no number."""
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+
+
+def check_tensors(found: Mapping[str, torch.Tensor], expected_shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check names, shapes and values.
+
+    Raises:
+        ValueError: If a tensor is missing, extra, mis-shaped or not finite; all of them are counted, the first named.
+    """
+    faults = {
+        "missing": set(expected_shapes) - set(found),
+        "extra": set(found) - set(expected_shapes),
+        "mis-shaped": {
+            f"{name} ({list(found[name].shape)}, should be {list(shape)})"
+            for name, shape in expected_shapes.items()
+            if name in found and tuple(found[name].shape) != tuple(shape)
+        },
+        "not finite": not_finite(found),
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{len(names)} {kind}: {named(names)}" for kind, names in faults.items() if names)
+        raise ValueError(f"the tensors must be those of the model, got {listed}")
+
+
+def model_class(config: PreTrainedConfig):
+    """Return the class that a configuration names, of this package or of Transformers; by default the one with a head
+    that writes text."""
+    for name in config.architectures or ():
+        for module in (modeling_insnext, transformers):
+            if hasattr(module, name):
+                return getattr(module, name)
+    return AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def skeleton(config: PreTrainedConfig):
+    """Return the model of a configuration without memory for its weights."""
+    with torch.device("meta"):
+        return model_class(config)._from_config(config)
+
+
+def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors that a saved model of this configuration holds; tied ones count once."""
+    model = skeleton(config)
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+
+
+def read_config(folder: str | os.PathLike) -> PreTrainedConfig:
+    """Return a folder's configuration, by a class of this package or of Transformers.
+
+    Raises:
+        ValueError: If there is none, or no class for it.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{folder} must be a folder with a config.json, got none")
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def check_folder(folder: str | os.PathLike) -> PreTrainedConfig:
+    """Check that a folder holds the tensors that its configuration demands, and return the configuration.
+
+    Raises:
+        ValueError: If one is missing, extra, mis-shaped or not finite, or there is nothing to check.
+    """
+    config = read_config(folder)
+    check_tensors(read_tensors(folder), expected_shapes(config))
+    return config
+
+
+def write_checkpoint(
+    folder: str | os.PathLike,
+    config: PreTrainedConfig,
+    tensors: Mapping[str, torch.Tensor],
+    copy_from: str | os.PathLike | None = None,
+) -> None:
+    """Write a folder that `from_pretrained` loads; under another name first, so that it is whole or not there.
+
+    Args:
+        folder: New folder.
+        config: Configuration of the model.
+        tensors: Every tensor of it, under the names of :func:`expected_shapes`.
+        copy_from: Folder whose tokenizer is taken along, if it has one.
+
+    Raises:
+        ValueError: If the folder holds something, or the tensors are not those of the model.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} must be a new or an empty folder, got one that holds something")
+    check_tensors(tensors, expected_shapes(config))
+    model = skeleton(config)
+    model.load_state_dict(tensors, strict=False, assign=True)
+    model.tie_weights()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
+    try:
+        model.save_pretrained(temporary)
+        if copy_from is not None and any((Path(copy_from) / name).is_file() for name in TOKENIZER_FILES):
+            AutoTokenizer.from_pretrained(copy_from, local_files_only=True).save_pretrained(temporary)
+        check_folder(temporary)
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,136 @@
+"""Llama, Qwen2, Qwen3, Mistral and SmolLM (whose checkpoints are Llamas) into DRT or InsNeXt, and DRT back.
+
+    python -m conversion.from_llama SRC DST --to drt|insnext
+    python -m conversion.from_llama DRT DST --to llama|qwen2|qwen3|mistral
+
+DRT: the same function. Rotary positions (any scaling whose frequencies are fixed), biases, norms of queries and keys
+and Mistral's window are taken over; what retrieves is new and at first adds nothing, since the output projection of
+its cross-attention is zero. Where the source has no window, the DRT's is the source's `max_position_embeddings`;
+`--sliding_window` makes it shorter, and then the function is the same up to there.
+
+InsNeXt: the same layers, not the same function. Embeddings, projections, norms and feed-forward are taken over; rotary
+positions give way to the offsets of insertion, the slot head is new. With both position schemes taken out, the hidden
+states of text read left to right are equal.
+"""
+
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from .convert import Family, main
+from .decoders import retrieving
+
+
+CONFIGS = {config.model_type: config for config in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)}
+
+TABLE = {
+    "model.embed_tokens.weight": "model.embed_tokens.weight",
+    "model.layers.{}.input_layernorm.weight": "model.layers.{}.input_layernorm.weight",
+    "model.layers.{}.self_attn.q_proj.weight": "model.layers.{}.self_attn.q_proj.weight",
+    "model.layers.{}.self_attn.k_proj.weight": "model.layers.{}.self_attn.k_proj.weight",
+    "model.layers.{}.self_attn.v_proj.weight": "model.layers.{}.self_attn.v_proj.weight",
+    "model.layers.{}.self_attn.o_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
+    "model.layers.{}.self_attn.q_proj.bias": "model.layers.{}.self_attn.q_proj.bias",
+    "model.layers.{}.self_attn.k_proj.bias": "model.layers.{}.self_attn.k_proj.bias",
+    "model.layers.{}.self_attn.v_proj.bias": "model.layers.{}.self_attn.v_proj.bias",
+    "model.layers.{}.self_attn.o_proj.bias": "model.layers.{}.self_attn.o_proj.bias",
+    "model.layers.{}.self_attn.q_norm.weight": "model.layers.{}.self_attn.q_norm.weight",
+    "model.layers.{}.self_attn.k_norm.weight": "model.layers.{}.self_attn.k_norm.weight",
+    "model.layers.{}.post_attention_layernorm.weight": "model.layers.{}.post_attention_layernorm.weight",
+    "model.layers.{}.mlp.gate_proj.weight": "model.layers.{}.mlp.gate_proj.weight",
+    "model.layers.{}.mlp.up_proj.weight": "model.layers.{}.mlp.up_proj.weight",
+    "model.layers.{}.mlp.down_proj.weight": "model.layers.{}.mlp.down_proj.weight",
+    "model.layers.{}.mlp.gate_proj.bias": "model.layers.{}.mlp.gate_proj.bias",
+    "model.layers.{}.mlp.up_proj.bias": "model.layers.{}.mlp.up_proj.bias",
+    "model.layers.{}.mlp.down_proj.bias": "model.layers.{}.mlp.down_proj.bias",
+    "model.norm.weight": "model.norm.weight",
+    "lm_head.weight": "lm_head.weight",
+    # computed from rope_parameters; old checkpoints still hold it
+    "model.layers.{}.self_attn.rotary_emb.inv_freq": None,
+}
+
+# fields that mean the same in ours
+SAME = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "attention_dropout",
+    "initializer_range",
+    "rms_norm_eps",
+    "pad_token_id",
+    "bos_token_id",
+    "tie_word_embeddings",
+)
+
+
+def reach(config) -> int | None:
+    """Return how many tokens every layer sees, itself included; `None`: all.
+
+    Raises:
+        ValueError: If layers differ.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if len(kinds) > 1:
+        raise ValueError(f"all layers must see equally far, got layer_types with {sorted(kinds)}")
+    return None if kinds == {"full_attention"} else getattr(config, "sliding_window", None)
+
+
+def fields(config, target: str) -> dict:
+    """Return the fields of our configuration.
+
+    Raises:
+        ValueError: If layers differ in how far they see.
+    """
+    same = {name: getattr(config, name) for name in SAME}
+    qwen2 = config.model_type == "qwen2"
+    bias = qwen2 or bool(getattr(config, "attention_bias", False))
+    eos = config.eos_token_id
+    common = {
+        **same,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "attention_bias": bias,
+        "attention_output_bias": bias and not qwen2,
+        "qk_norm": config.model_type == "qwen3",
+        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+    }
+    if target == "insnext":
+        # an insertion model has one STOP, and any of several ends of text names it
+        eos = eos[0] if isinstance(eos, list) else eos
+        return {**common, "eos_token_id": eos, "num_hidden_layers": config.num_hidden_layers}
+    return {
+        **common,
+        "eos_token_id": eos,
+        "position_encoding": "rope",
+        "rope_parameters": dict(config.rope_parameters),
+        **retrieving(config.num_hidden_layers, reach(config) or config.max_position_embeddings),
+    }
+
+
+def prepare(tensors: dict, config) -> dict:
+    """Give the tensors of a model without its head the names they have with it."""
+    known = ("model.", "lm_head.")
+    return {name if name.startswith(known) else f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
+def backward(config, model_type: str):
+    """Return the source's configuration of a DRT of its shape; whether it is one, the caller checks."""
+    same = {name: getattr(config, name) for name in (*SAME, "eos_token_id", "head_dim", "rope_parameters")}
+    if model_type in ("llama", "qwen3"):
+        same["attention_bias"] = config.attention_bias
+    if model_type == "llama":
+        same["mlp_bias"] = config.mlp_bias
+    if model_type == "mistral":
+        length = config.max_position_embeddings
+        same["sliding_window"] = None if (config.sliding_window or length) >= length else config.sliding_window
+    source = CONFIGS[model_type](**same, num_hidden_layers=config.num_hidden_layers)
+    source.architectures = [f"{type(source).__name__.removesuffix('Config')}ForCausalLM"]
+    return source
+
+
+FAMILY = Family("Llama", tuple(CONFIGS), ("drt", "insnext"), TABLE, fields, prepare=prepare, backward=backward)
+
+
+if __name__ == "__main__":
+    main(FAMILY, "conversion.from_llama", __doc__)
