@@ -17,7 +17,7 @@ from .tables import Table, apply_back, apply_table, sources_of
 
 CONFIGS = {"insnext": InsNextConfig, "drt": DrtConfig}
 
-# tensors that no source has, as patterns: drawn as in a new model, but that DRT's cross-attention adds nothing at first
+# tensors that no source has, as patterns: drawn as in a new model, but that cross-attention adds nothing at first
 NEW = {
     "insnext": ("slot_head.*",),
     "drt": ("model.layers.*.cross_attn.*", "model.encoder.*", "model.query_norms.*"),

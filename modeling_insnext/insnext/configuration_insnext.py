@@ -5,6 +5,7 @@ choice made here in their place is a field of :class:`InsNextConfig`.
 """
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .peft_insnext import register_adapter_targets
 
@@ -13,7 +14,8 @@ from .peft_insnext import register_adapter_targets
 CODE_VERSION = "0.1.0"
 
 POSITION_ENCODINGS = ("alibi", "sinusoidal")
-NORMS = ("rmsnorm", "deepnorm")
+NORMS = ("rmsnorm", "deepnorm", "layernorm", "post_layernorm")
+POST_NORMS = ("deepnorm", "post_layernorm")
 
 PRESETS = {
     "base": {
@@ -37,20 +39,30 @@ class InsNextConfig(PreTrainedConfig):
     Args:
         vocab_size: Number of token ids; ids are in `[0, vocab_size)`.
         hidden_size: Width D of the residual stream.
-        intermediate_size: Width of the SwiGLU feed-forward.
+        intermediate_size: Width of the feed-forward.
         num_hidden_layers: Number of blocks.
-        num_attention_heads: Number of query heads H; `hidden_size` must be a multiple of it.
+        num_attention_heads: Number of query heads H.
         num_key_value_heads: Heads of keys and values (grouped query attention); `None` means `num_attention_heads`.
+        head_dim: Width of a head; `None` means `hidden_size / num_attention_heads`.
         max_position_embeddings: Longest text in tokens, given and written ones together.
         position_encoding: `"alibi"` (direction-aware insertion ALiBi) or `"sinusoidal"` (the InsNet baseline: XLNet's
             relative sinusoids with their own projection, on the same offsets; `eager` and `sdpa` attention only).
         alibi_slope_ratio: Factor on even heads' left and odd heads' right slope. 1 is the symmetric form, which cannot
             tell left from right.
-        norm: `"rmsnorm"` (pre-norm) or `"deepnorm"` (post-norm with DeepNorm's scales, arXiv:2203.00555).
+        norm: `"rmsnorm"` or `"layernorm"` (pre-norm), `"deepnorm"` (post-norm with DeepNorm's scales,
+            arXiv:2203.00555) or `"post_layernorm"` (post-norm as in BERT); formulae: layers_insnext.
+        norm_bias: Whether LayerNorms have biases.
+        embedding_norm: Whether the embeddings pass a norm; a pre-norm model then has none before its first attention.
+        qk_norm: Whether every head's queries and keys pass an RMSNorm.
+        attention_bias: Whether the projections to queries, keys and values have biases.
+        attention_output_bias: Whether the output projection of attention has one.
+        gated_mlp: Whether the feed-forward is down(act(gate(x)) * up(x)) or down(act(up(x))).
+        hidden_act: Its activation, by the name Transformers gives it.
+        mlp_bias: Whether its projections have biases.
         position_logit_cap: Soft cap c of the slot logits, `c * tanh(z / c)`.
         attention_dropout: Dropout probability on attention weights in training.
         initializer_range: Standard deviation of the normal initialisation.
-        rms_norm_eps: Epsilon of every RMSNorm.
+        rms_norm_eps: Epsilon of every norm.
         tie_word_embeddings: Whether the token head reuses the input embedding.
         code_version: Version of the code that saved the checkpoint; `save_pretrained` of a model writes it.
 
@@ -67,10 +79,19 @@ class InsNextConfig(PreTrainedConfig):
     num_hidden_layers: int = 16
     num_attention_heads: int = 12
     num_key_value_heads: int | None = None
+    head_dim: int | None = None
     max_position_embeddings: int = 4096
     position_encoding: str = "alibi"
     alibi_slope_ratio: float = 4.0
     norm: str = "rmsnorm"
+    norm_bias: bool = True
+    embedding_norm: bool = False
+    qk_norm: bool = False
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    gated_mlp: bool = True
+    hidden_act: str = "silu"
+    mlp_bias: bool = False
     position_logit_cap: float = 30.0
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -99,11 +120,15 @@ class InsNextConfig(PreTrainedConfig):
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.hidden_size % self.num_attention_heads:
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size must be a multiple of num_attention_heads, got {self.hidden_size} and "
                 f"{self.num_attention_heads}"
             )
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.head_dim < 1:
+            raise ValueError(f"head_dim must be at least 1, got {self.head_dim}")
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} and "
@@ -113,6 +138,8 @@ class InsNextConfig(PreTrainedConfig):
             raise ValueError(f"position_encoding must be one of {POSITION_ENCODINGS}, got {self.position_encoding!r}")
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {self.norm!r}")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         for name in ("alibi_slope_ratio", "position_logit_cap"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -127,10 +154,6 @@ class InsNextConfig(PreTrainedConfig):
         """Return the fields; PEFT asks for them before it looks up target modules by model type."""
         register_adapter_targets(self.model_type)
         return super().to_dict()
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     @property
     def never_inserted(self) -> list[int]:

@@ -3,11 +3,9 @@
 Shape suffixes: B rows, Q new tokens, K keys (cached and new), N tokens of an insertion sequence, T of a text, D hidden
 size, V vocabulary size. Notation, intervals and offsets: attention_insnext. Slots, STOP and the losses: slots_insnext.
 
-A block is h + Attention(RMSNorm(h)), then h + SwiGLU(RMSNorm(h)), without biases (`norm="deepnorm"`: RMSNorm(a h +
-f(h))).
+A block is h + Attention(RMSNorm(h)), then h + SwiGLU(RMSNorm(h)), without biases; other forms: layers_insnext.
 
-Sources: InsNet (arXiv:2102.11008), InsNeXt (OpenReview moqBBpMZ8w), ALiBi (arXiv:2108.12409), DeepNorm
-(arXiv:2203.00555), XLNet's relative sinusoids (arXiv:1906.08237).
+Sources: InsNet (arXiv:2102.11008), InsNeXt (OpenReview moqBBpMZ8w), ALiBi (arXiv:2108.12409).
 """
 
 from dataclasses import dataclass
@@ -16,16 +14,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     MultipleChoiceModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -43,6 +38,7 @@ from .checkpoint_insnext import CheckedLoadingMixin
 from .configuration_insnext import CODE_VERSION, InsNextConfig
 from .generation_configuration_insnext import InsertionGenerationConfig
 from .generation_insnext import InsertionGenerationMixin
+from .layers_insnext import InsNextAttention, InsNextBlock, block_norm
 from .scoring_insnext import InsertionScoringMixin
 from .slots_insnext import InsNextSlotHead, Supervision, divisor, insertion_losses, mean_losses, token_logits
 
@@ -54,96 +50,6 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_insnext.InsNextForSequenceClassification",
     "AutoModelForTokenClassification": "modeling_insnext.InsNextForTokenClassification",
 }
-
-
-class InsNextAttention(nn.Module):
-    """Grouped-query attention over intervals. With `sinusoidal` it adds (q + v) . W_r R(offset), the InsNet form."""
-
-    def __init__(self, config: InsNextConfig, layer_idx: int):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.head_dim
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        D, kv_width = config.hidden_size, config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(D, D, bias=False)
-        self.k_proj = nn.Linear(D, kv_width, bias=False)
-        self.v_proj = nn.Linear(D, kv_width, bias=False)
-        self.o_proj = nn.Linear(D, D, bias=False)
-        if config.position_encoding == "sinusoidal":
-            self.r_proj = nn.Linear(D, D, bias=False)
-            self.content_bias = nn.Parameter(torch.zeros(config.num_attention_heads, 1, self.head_dim))
-            self.offset_bias = nn.Parameter(torch.zeros(config.num_attention_heads, 1, self.head_dim))
-
-    def forward(self, hidden_states, attention_mask, past_key_values: Cache | None = None, **kwargs):
-        heads = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        if self.config.position_encoding == "sinusoidal":
-            attention_mask = self.offset_scores(query + self.offset_bias, *attention_mask)
-            query = query + self.content_bias
-        implementation = self.config._attn_implementation
-        attend = interval_backend(implementation).attend or ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
-        out, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-        )
-        return self.o_proj(out.reshape(hidden_states.shape)), weights
-
-    def offset_scores(self, query_BHQD, offsets_BQK, visible_BQK):
-        """Return the additive mask (q . W_r R(offset)) / sqrt(D), `-inf` on invisible keys."""
-        K, D = offsets_BQK.shape[-1], self.config.hidden_size
-        wide = {"device": query_BHQD.device, "dtype": torch.promote_types(query_BHQD.dtype, torch.float32)}
-        distance = torch.arange(-K, K + 1, **wide)
-        rate = 10000 ** (-torch.arange(0, D, 2, **wide) / D)
-        angle = distance[:, None] * rate
-        table = torch.cat([angle.sin(), angle.cos()], 1)[:, :D].to(query_BHQD.dtype)
-        table = self.r_proj(table).view(2 * K + 1, -1, self.head_dim).permute(1, 2, 0)
-        scores = query_BHQD @ table * self.scaling
-        index = (offsets_BQK + K)[:, None].expand(-1, scores.shape[1], -1, -1)
-        return scores.gather(3, index).masked_fill(~visible_BQK[:, None], -torch.inf)
-
-
-class InsNextMLP(nn.Module):
-    def __init__(self, config: InsNextConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act = ACT2FN["silu"]
-
-    def forward(self, hidden_states):
-        return self.down_proj(self.act(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
-class InsNextBlock(GradientCheckpointingLayer):
-    def __init__(self, config: InsNextConfig, layer_idx: int):
-        super().__init__()
-        self.self_attn = InsNextAttention(config, layer_idx)
-        self.mlp = InsNextMLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_norm = config.norm == "deepnorm"
-        self.residual_scale = (2 * config.num_hidden_layers) ** 0.25
-
-    def forward(self, hidden_states, attention_mask, past_key_values=None, **kwargs):
-        if self.post_norm:
-            attended, _ = self.self_attn(hidden_states, attention_mask, past_key_values)
-            hidden_states = self.input_layernorm(self.residual_scale * hidden_states + attended)
-            return self.post_attention_layernorm(self.residual_scale * hidden_states + self.mlp(hidden_states))
-        attended, _ = self.self_attn(self.input_layernorm(hidden_states), attention_mask, past_key_values)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
 class InsNextPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
@@ -172,19 +78,22 @@ class InsNextPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
             init.normal_(module.weight, std=std)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.RMSNorm):
+        elif isinstance(module, (nn.RMSNorm, nn.LayerNorm)):
             init.ones_(module.weight)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, InsNextSlotHead):
             init.normal_(module.edge, std=std)
             init.normal_(module.stop_key, std=std)
         elif isinstance(module, InsNextAttention) and self.config.position_encoding == "sinusoidal":
             init.zeros_(module.content_bias)
             init.zeros_(module.offset_bias)
-        elif isinstance(module, InsNextBlock) and module.post_norm:
+        elif isinstance(module, InsNextBlock) and self.config.norm == "deepnorm":
             gain = (8 * self.config.num_hidden_layers) ** -0.25
             attention, mlp = module.self_attn, module.mlp
             for linear in (attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-                init.normal_(linear.weight, std=std * gain)
+                if linear is not None:
+                    init.normal_(linear.weight, std=std * gain)
 
 
 # what Transformers and its Trainer may pass to any model, and what this one has no use for
@@ -212,7 +121,9 @@ class InsNextModel(InsNextPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList([InsNextBlock(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.embed_norm = block_norm(config) if config.embedding_norm else None
+        # the last block of a post-norm model like BERT ends with its norm
+        self.norm = nn.Identity() if config.norm == "post_layernorm" else block_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -270,6 +181,8 @@ class InsNextModel(InsNextPreTrainedModel):
                 is_causal,
             )  # fmt: skip
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.embed_norm is not None:
+            hidden_states = self.embed_norm(hidden_states)
         prepared = self._prepare(interval, hidden_states)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=prepared, past_key_values=past_key_values)
