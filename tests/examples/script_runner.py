@@ -1,0 +1,73 @@
+"""Run a script's `main` in a process of its own, forked from one that has imported everything, killed on demand."""
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["datasets", "peft", "transformers.trainer", "modeling_insnext.trainer"])
+
+
+def kill_in_training(step: int) -> None:
+    """Have this process killed at the end of an optimiser step, before anything is saved for it."""
+    from transformers import TrainerCallback, trainer
+
+    class Killer(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    trainer.DEFAULT_CALLBACKS.append(Killer)
+
+
+def kill_in_scoring(module, step: int) -> None:
+    """Have this process killed after some batches, in the middle of writing a line."""
+    score, calls = module.left_to_right, []
+
+    def scored(*args):
+        calls.append(1)
+        if len(calls) == step:
+            output_dir = Path(sys.argv[sys.argv.index("--output_dir") + 1])
+            with open(output_dir / "scores.jsonl", "a") as file:
+                file.write('{"row": 0, "tok')
+            os.kill(os.getpid(), signal.SIGKILL)
+        return score(*args)
+
+    module.left_to_right = scored
+
+
+def _child(script: str, arguments: list[str], log: str, kill_at: int | None) -> None:
+    sys.path.insert(0, str(EXAMPLES))
+    sys.argv = [script, *arguments]
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        module = importlib.import_module(script)
+        if kill_at is not None:
+            kill_in_scoring(module, kill_at) if script == "run_scoring" else kill_in_training(kill_at)
+        metrics = module.main(arguments)
+        Path(log + ".json").write_text(json.dumps(metrics))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def run(script: str, arguments: list[str], log: Path, kill_at: int | None = None) -> dict:
+    """Return what `main` returned; with `kill_at` nothing, once the process was killed there."""
+    child = FORKS.Process(target=_child, args=(script, arguments, str(log), kill_at))
+    child.start()
+    child.join()
+    if kill_at is not None:
+        assert child.exitcode == -signal.SIGKILL, log.read_text()[-3000:]
+        return {}
+    assert child.exitcode == 0, log.read_text()[-3000:]
+    return json.loads(Path(f"{log}.json").read_text())
