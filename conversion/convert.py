@@ -59,9 +59,10 @@ class Family(NamedTuple):
         table: Names of tensors; what has no place in a target is listed in `without`.
         fields: Maps a source's configuration and the target to the fields of ours; refuses what ours cannot express.
         without: By target, source patterns with a rule that are left out there, and why is said beside it.
-        new: By target, patterns of further tensors that are new.
+        new: Maps configuration and target to patterns of the tensors that are new.
         prepare: Maps tensors and configuration to the tensors under the names of the table.
         read: Reads the configuration from the folder.
+        weights: Maps the folder to what :func:`checkpoint.read_tensors` reads.
         backward: Maps our configuration and a model type to the source's configuration; `None`: no way back.
     """
 
@@ -71,9 +72,10 @@ class Family(NamedTuple):
     table: Table
     fields: Callable[[PreTrainedConfig, str], dict]
     without: dict[str, tuple[str, ...]] = {}
-    new: dict[str, tuple[str, ...]] = {}
+    new: Callable[[PreTrainedConfig, str], tuple[str, ...]] = lambda config, target: NEW[target]
     prepare: Callable[[dict, PreTrainedConfig], dict] = lambda tensors, config: tensors
     read: Callable[[str], PreTrainedConfig] = read_config
+    weights: Callable[[str], str] = str
     backward: Callable[[DrtConfig, str], PreTrainedConfig] | None = None
 
     def table_for(self, target: str) -> Table:
@@ -140,12 +142,13 @@ def convert_tensors(
     config.architectures = ["DrtForCausalLM" if target == "drt" else "InsNextForInsertionLM"]
     table, prepared = family.table_for(target), family.prepare(source, source_config)
     made = apply_table(table, prepared)
-    if config.tie_word_embeddings and HEAD in made and not torch.equal(made.pop(HEAD), made[EMBEDDING]):
-        raise ValueError("a tied head must be the embedding (tie_word_embeddings=True), got another one")
+    head = made.pop(HEAD, None) if config.tie_word_embeddings else None
     shapes = expected_shapes(config)
-    patterns = (*NEW[target], *family.new.get(target, ()))
+    patterns = family.new(source_config, target)
     new = [name for name in shapes if any(fnmatchcase(name, pattern) for pattern in patterns)]
     _check_sources(table, made, {name: shape for name, shape in shapes.items() if name not in new})
+    if head is not None and not torch.equal(head, made[EMBEDDING]):
+        raise ValueError("a tied head must be the embedding (tie_word_embeddings=True), got another one")
     config.dtype = made[EMBEDDING].dtype
     return Converted(config, {**made, **new_tensors(config, new, seed, config.dtype)}, new)
 
@@ -220,7 +223,7 @@ def convert_folder(family: Family, source: str, destination: str, target: str, *
     else:
         config = family.read(source)
         check_family(family, config, source)
-        converted = convert_tensors(family, read_tensors(source), config, target, **options)
+        converted = convert_tensors(family, read_tensors(family.weights(source)), config, target, **options)
     write_checkpoint(destination, converted.config, converted.tensors, copy_from=source)
     return converted
 
@@ -240,6 +243,10 @@ DRT_OPTIONS = {
 }
 
 
+# ids that a source may not name
+TOKEN_OPTIONS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
+
 def parser_of(family: Family, module: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         f"python -m {module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -251,7 +258,9 @@ def parser_of(family: Family, module: str, description: str) -> argparse.Argumen
         "--to", required=True, choices=[*family.targets, *back], help="what to make; a model type of the family: back"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the tensors that are new (default: 0)")
-    if "drt" in family.targets and family.name != "upstream DRT":
+    for name in TOKEN_OPTIONS:
+        parser.add_argument(f"--{name}", type=int, default=argparse.SUPPRESS, help="in the place of the source's")
+    if "drt" in family.targets and family.backward:
         group = parser.add_argument_group("options of DRT")
         for name, (kind, text) in DRT_OPTIONS.items():
             group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
@@ -266,7 +275,7 @@ def main(family: Family, module: str, description: str, argv: list[str] | None =
     if target != "drt" and (misplaced := set(options) & set(DRT_OPTIONS)):
         parser.error(f"{named(misplaced)} need --to drt, got --to {target}")
     if target in family.model_types:
-        options.pop("seed")
+        options = {}
     try:
         converted = convert_folder(family, source, destination, target, **options)
     except (ValueError, OSError) as error:

@@ -57,7 +57,7 @@ def fields(config, target: str) -> dict:
     """Return the fields of InsNextConfig.
 
     Raises:
-        ValueError: If it is a decoder, or has more token types than one.
+        ValueError: If it is a decoder, has more token types than one, or a head that is not the embedding.
     """
     for name, value in (("is_decoder", False), ("type_vocab_size", 1), ("tie_word_embeddings", True)):
         if getattr(config, name, value) != value:
@@ -87,12 +87,19 @@ def fields(config, target: str) -> dict:
 
 
 def prepare(tensors: dict, config) -> dict:
-    """Give the tensors of a model with a head the names they have without it, and add the token type to the words."""
+    """Give the tensors of a model with a head the names they have without it, and add the token type to the words.
+
+    Raises:
+        ValueError: If one of the two is missing or mis-shaped.
+    """
     tensors = {name.removeprefix("roberta."): tensor for name, tensor in tensors.items()}
     words, kind = "embeddings.word_embeddings.weight", "embeddings.token_type_embeddings.weight"
     for name in (words, kind):
         if name not in tensors:
             raise ValueError(f"the source's tensors must be those of its configuration, got 1 missing: {name}")
+    if tensors[kind].shape != (1, tensors[words].shape[-1]):
+        shapes = f"{words} {list(tensors[words].shape)} with {kind} {list(tensors[kind].shape)}"
+        raise ValueError(f"the source's tensors must be those of its configuration, got mis-shaped: {shapes}")
     return {**tensors, words: tensors[words] + tensors[kind][0]}
 
 

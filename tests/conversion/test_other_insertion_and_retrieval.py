@@ -1,0 +1,225 @@
+"""State dicts of the public DRT code and of ILM: laid out here by their names, converted, compared in float64."""
+
+import json
+
+import pytest
+import torch
+from helpers_conversion import random_ids, shaken, worst
+
+from conversion.checkpoint import check_folder
+from conversion.convert import convert_folder, convert_tensors
+from conversion.from_ilm import FAMILY as ILM
+from conversion.from_ilm import IlmConfig
+from conversion.from_upstream_drt import FAMILY as UPSTREAM
+from conversion.from_upstream_drt import UpstreamConfig
+from conversion.tables import apply_back
+from modeling_insnext import DrtConfig, DrtForCausalLM, InsNextForInsertionLM
+from modeling_insnext.insnext import modeling_insnext
+
+
+CLOSE = 1e-9
+UPSTREAM_CONFIG = {
+    "model_type": "llama",
+    "pad_id": 46,
+    "bos_id": 45,
+    "chunk_id": 49,
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": -1,
+    "max_position_embeddings": -1,
+    "rms_norm_eps": 1e-5,
+    "initializer_range": 0.02,
+    "tie_word_embeddings": True,
+    "chunk_topk": 2,
+    "slide_window": 80,
+    "encoder_layers": 1,
+    "decoder_layers": [1, 2, 1],
+    "enc_chunk_size": 63,
+    "enable_alibi": True,
+}
+
+
+def our_drt(chunk_size=63):
+    torch.manual_seed(0)
+    same = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    slot = "off_by_one" if chunk_size == 63 else "dropped"
+    config = DrtConfig(
+        **{name: UPSTREAM_CONFIG[name] for name in same},
+        num_lower_layers=1,
+        retrieval_groups=[2, 1],
+        num_encoder_layers=1,
+        chunk_size=chunk_size,
+        num_retrieved_chunks=2,
+        sliding_window=81,
+        landmark_slot=slot,
+    )
+    return shaken(DrtForCausalLM(config))
+
+
+def laid_out(model) -> dict:
+    """Return the model's weights under the names and in the shapes of the public code."""
+    state = model.state_dict()
+    landmark = state.pop("model.landmark")
+    state["model.embed_tokens.weight"][49] = landmark
+    names = {"model.layers.0.": "model.lower_layers.0.", "model.layers.1.": "model.upper_layers.0.0."}
+    names |= {"model.layers.2.": "model.upper_layers.0.1.", "model.layers.3.": "model.upper_layers.1.0."}
+    table = {name: entry for name, entry in UPSTREAM.table.items() if entry != "model.landmark"}
+    found = {}
+    for name, tensor in apply_back(table, state).items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs) if name.startswith(ours) else name
+        found[f"module.{name}"] = tensor
+    for layer in names.values():
+        found[f"module.{layer}self_attn.m"] = torch.tensor([2.0**-4, 2.0**-8])[:, None, None]
+    return found
+
+
+@pytest.mark.parametrize("chunk_size", [63, 64])
+def test_the_public_codes_state_dict_is_the_same_model(chunk_size, tmp_path):
+    model = our_drt(chunk_size)
+    tensors = laid_out(model)
+    assert "module.model.upper_layers.1.0.gca.pre_norm.weight" in tensors
+    (tmp_path / "src").mkdir()
+    torch.save(tensors, tmp_path / "src" / "model0_100.bin")
+    (tmp_path / "src" / "config.json").write_text(json.dumps({**UPSTREAM_CONFIG, "enc_chunk_size": chunk_size}))
+    converted = convert_folder(UPSTREAM, str(tmp_path / "src"), tmp_path / "dst", "drt")
+    assert converted.new == [] and check_folder(tmp_path / "dst").chunk_size == chunk_size
+    loaded = DrtForCausalLM.from_pretrained(tmp_path / "dst")
+    ids = random_ids(1, 300).clamp_max(44)
+    with torch.no_grad():
+        expected, actual = model(ids, use_cache=False).logits, loaded(ids, use_cache=False).logits
+    assert loaded.dtype == torch.float64
+    assert worst(actual[..., :49], expected[..., :49]) < CLOSE
+    # control: layers of the groups exchanged
+    swap = {
+        name: name.replace("upper_layers.0.0", "upper_layers.0.1") for name in tensors if "upper_layers.0.0" in name
+    }
+    swap |= {theirs: ours for ours, theirs in swap.items()}
+    wrong = {swap.get(name, name): tensor for name, tensor in tensors.items()}
+    config = UpstreamConfig(**{**UPSTREAM_CONFIG, "enc_chunk_size": chunk_size})
+    loaded.load_state_dict(convert_tensors(UPSTREAM, wrong, config, "drt").tensors, strict=False)
+    with torch.no_grad():
+        assert worst(loaded(ids, use_cache=False).logits[..., :49], expected[..., :49]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.lmk_q_proj.weight": torch.zeros(16, 16)}, "of the code since 98cda5d .* got model.lmk_q_proj.weight"),
+        ({"backbone.norm_f.weight": torch.zeros(16)}, "of the code since 98cda5d .* got backbone.norm_f.weight"),
+        (
+            {"module.model.upper_layers.2.0.self_attn.q_proj.weight": torch.zeros(16, 16)},
+            r"got model.upper_layers.2.0",
+        ),
+        ({"module.model.lower_layers.0.self_attn.m": torch.ones(2)}, "must be ALiBi's slopes"),
+        ({"module.model.extra.weight": torch.ones(2)}, "1 without: model.extra.weight"),
+    ],
+    ids=["older", "successor", "group", "slopes", "extra"],
+)
+def test_other_versions_of_the_public_code_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        convert_tensors(UPSTREAM, {**laid_out(our_drt()), **change}, UpstreamConfig(**UPSTREAM_CONFIG), "drt")
+
+
+def test_other_configurations_of_the_public_code_are_refused(tmp_path):
+    for changes, message in (
+        ({"enc_chunk_size": 32}, "remainder of 0 or 1 divided by 64, got 32"),
+        ({"enable_alibi": False}, "enable_alibi must be True, got False"),
+        ({"chunk_id": 50}, r"chunk_id must be a row of the embedding \[0, 50\), got 50"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_tensors(UPSTREAM, laid_out(our_drt()), UpstreamConfig(**{**UPSTREAM_CONFIG, **changes}), "drt")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ValueError, match="must be a configuration of the public DRT code, got none with chunk_id"):
+        UPSTREAM.read(tmp_path)
+
+
+ILM_CONFIG = {
+    "num_embeddings": 50,
+    "d_model": 16,
+    "num_layers": 2,
+    "nhead": 2,
+    "dim_feedforward": 24,
+    "max_length": 64,
+}
+
+
+def ilm_tensors(normed: bool) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"embed_tokens.weight": (50, 16), "output_layer.linear.weight": (50, 16)}
+    for layer in range(2):
+        for name, shape in (
+            ("norm1.weight", (16,)),
+            ("norm1.bias", (16,)),
+            ("attn_qkv.weight", (48, 16)),
+            ("o_proj.weight", (16, 16)),
+            ("norm2.weight", (16,)),
+            ("norm2.bias", (16,)),
+            ("mlp.0.weight", (24, 16)),
+            ("mlp.0.bias", (24,)),
+            ("mlp.2.weight", (16, 24)),
+            ("mlp.2.bias", (16,)),
+            ("rotary_emb.inv_freq", (4,)),
+        ):
+            shapes[f"encoder.{layer}.{name}"] = shape
+    if normed:
+        shapes |= {"output_layer.norm_final.weight": (16,), "output_layer.norm_final.bias": (16,)}
+    for name, shape in (("mlp.0.weight", (32, 16)), ("mlp.0.bias", (32,)), ("linear.weight", (2, 16))):
+        shapes[f"length_output_layer.{name}"] = shape
+    return {name: torch.randn(*shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+def ilm_states(w: dict, ids: torch.Tensor, act) -> torch.Tensor:
+    """States behind the last layer of an ILM without positions, from its formulae."""
+    x = w["embed_tokens.weight"][ids]
+    for n in range(2):
+        part = {name.removeprefix(f"encoder.{n}."): tensor for name, tensor in w.items()}
+        normed = torch.nn.functional.layer_norm(x, (16,), part["norm1.weight"], part["norm1.bias"])
+        heads = (normed @ part["attn_qkv.weight"].T).view(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        weights = (heads[0] @ heads[1].mT / 8**0.5).softmax(-1)
+        x = x + (weights @ heads[2]).transpose(1, 2).flatten(2) @ part["o_proj.weight"].T
+        normed = torch.nn.functional.layer_norm(x, (16,), part["norm2.weight"], part["norm2.bias"])
+        inner = act(normed @ part["mlp.0.weight"].T + part["mlp.0.bias"])
+        x = x + inner @ part["mlp.2.weight"].T + part["mlp.2.bias"]
+    return x
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_the_layers_of_ilm_are_the_same_without_positions(normed, activation, monkeypatch):
+    config = IlmConfig(**ILM_CONFIG, activation=activation, final_layer_without_normalization=not normed)
+    tensors, ids = ilm_tensors(normed), random_ids(2, 12)
+    converted = convert_tensors(ILM, {f"model.{n}": x for n, x in tensors.items()}, config, "insnext", bos_token_id=4)
+    assert ("model.norm.weight" in converted.new) == (not normed)
+    model = InsNextForInsertionLM(converted.config).double().eval()
+    model.load_state_dict(converted.tensors)
+    states = []
+    model.model.layers[-1].register_forward_hook(lambda module, given, out: states.append(out))
+    act = torch.relu if activation == "relu" else lambda x: torch.nn.functional.gelu(x, approximate="tanh")
+    expected = ilm_states(tensors, ids, act)
+    with torch.no_grad():
+        model.model(ids)
+        assert worst(states.pop(), expected) > 1e-2
+        slopes = modeling_insnext.alibi_slopes
+        monkeypatch.setattr(modeling_insnext, "alibi_slopes", lambda *args: 0 * slopes(*args))
+        model.model(ids)
+    assert worst(states.pop(), expected) < 1e-8
+    assert torch.equal(model.lm_head.weight, tensors["output_layer.linear.weight"])
+
+
+def test_a_folder_of_ilm_is_read_and_what_is_none_is_refused(tmp_path):
+    (tmp_path / "src").mkdir()
+    torch.save(ilm_tensors(False), tmp_path / "src" / "ilm-tiny.pt")
+    with pytest.raises(ValueError, match="must hold the arguments of an ILM, got none with d_model, nhead, num_emb"):
+        convert_folder(ILM, str(tmp_path / "src"), tmp_path / "dst", "insnext")
+    (tmp_path / "src" / "config.json").write_text(json.dumps(ILM_CONFIG))
+    converted = convert_folder(ILM, str(tmp_path / "src"), tmp_path / "dst", "insnext", bos_token_id=4, eos_token_id=5)
+    assert check_folder(tmp_path / "dst").bos_token_id == converted.config.bos_token_id == 4
+    gpt2 = {**ilm_tensors(False), "transformer.h.0.ln_1.weight": torch.ones(16)}
+    with pytest.raises(ValueError, match="1 without: transformer.h.0.ln_1.weight"):
+        convert_tensors(ILM, gpt2, IlmConfig(**ILM_CONFIG), "insnext")
+    with pytest.raises(ValueError, match="activation must be one of .* got 'silu'"):
+        convert_tensors(ILM, {}, IlmConfig(**ILM_CONFIG, activation="silu"), "insnext")
