@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import traceback
 from pathlib import Path
@@ -43,13 +44,28 @@ def kill_in_scoring(module, step: int) -> None:
     module.left_to_right = scored
 
 
-def _child(script: str, arguments: list[str], log: str, kill_at: int | None) -> None:
+def enter_group(rank: int, world_size: int, port: int) -> None:
+    """Set what a launcher sets for one of several processes on this machine."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    values |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in values.items()})
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def _child(script: str, arguments: list[str], log: str, kill_at: int | None, group: tuple | None) -> None:
     sys.path.insert(0, str(EXAMPLES))
     sys.argv = [script, *arguments]
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
+        if group is not None:
+            enter_group(*group)
         module = importlib.import_module(script)
         if kill_at is not None:
             kill_in_scoring(module, kill_at) if script == "run_scoring" else kill_in_training(kill_at)
@@ -63,7 +79,7 @@ def _child(script: str, arguments: list[str], log: str, kill_at: int | None) -> 
 
 def run(script: str, arguments: list[str], log: Path, kill_at: int | None = None) -> dict:
     """Return what `main` returned; with `kill_at` nothing, once the process was killed there."""
-    child = FORKS.Process(target=_child, args=(script, arguments, str(log), kill_at))
+    child = FORKS.Process(target=_child, args=(script, arguments, str(log), kill_at, None))
     child.start()
     child.join()
     if kill_at is not None:
@@ -71,3 +87,19 @@ def run(script: str, arguments: list[str], log: Path, kill_at: int | None = None
         return {}
     assert child.exitcode == 0, log.read_text()[-3000:]
     return json.loads(Path(f"{log}.json").read_text())
+
+
+def run_group(script: str, arguments: list[str], log: Path, world_size: int = 2) -> list[dict]:
+    """Return what `main` returned in each of the processes that run it together, joined by gloo."""
+    port, logs = free_port(), [log.with_suffix(f".{rank}") for rank in range(world_size)]
+    groups = [(rank, world_size, port) for rank in range(world_size)]
+    children = [
+        FORKS.Process(target=_child, args=(script, arguments, str(file), None, group))
+        for file, group in zip(logs, groups, strict=True)
+    ]
+    for child in children:
+        child.start()
+    for child, file in zip(children, logs, strict=True):
+        child.join()
+        assert child.exitcode == 0, file.read_text()[-3000:]
+    return [json.loads(Path(f"{file}.json").read_text()) for file in logs]
