@@ -21,7 +21,7 @@ SMALL = ["--chunk_size", "5", "--num_retrieved_chunks", "2", "--num_encoder_laye
 
 def run(module, *arguments):
     command = [sys.executable, "-m", f"conversion.{module}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def call(module, *arguments):

@@ -135,3 +135,13 @@ def test_new_tensors_depend_on_the_seed_alone():
     assert not any(torch.equal(one.tensors[name], other.tensors[name]) for name in drawn)
     spread = torch.cat([one.tensors[name].flatten() for name in drawn]).std()
     assert 0.9 < spread / one.config.initializer_range < 1.1
+
+
+def test_retrieval_can_be_learned_from_the_first_step():
+    source, ids = source_model("llama"), random_ids(2, 40)
+    drt = as_drt(source, "llama")
+    drt(ids, labels=ids, use_cache=False).loss.backward()
+    silent = [layer.cross_attn for layer in drt.model.layers if layer.cross_attn is not None]
+    assert len(silent) == 2 and all(part.o_proj.weight.grad.abs().max() > 1e-6 for part in silent)
+    # what stands behind the silent projection follows, once it says something
+    assert all(part.q_proj.weight.grad.abs().max() == 0 for part in silent)
