@@ -35,6 +35,7 @@ class Arguments:
     decode_contexts: list[int] = field(default_factory=lambda: [4096, 65536, 1048576])
     steps: int = field(default=256, metadata={"help": "Tokens decoded, a multiple of the chunk size."})
     location: str = field(default="host", metadata={"help": "Where chunks lie: device, host or disk."})
+    searches: list[str] = field(default_factory=lambda: ["exact"], metadata={"help": "exact, faiss, or both."})
     segment_length: int = 16384
     output: str = field(default="runs/drt", metadata={"help": "Writes .json and .md."})
 
@@ -83,10 +84,10 @@ def perplexities(models, text, arguments: Arguments) -> dict:
 
 
 @torch.no_grad()
-def decoding(model, text: np.ndarray, context: int, arguments: Arguments) -> dict:
+def decoding(model, text: np.ndarray, context: int, search: str, arguments: Arguments) -> dict:
     """Return times and bytes of decoding behind `context` tokens."""
     ids = torch.from_numpy(np.resize(text, context).astype(np.int64))[None].to(model.device)
-    past = ChunkMemoryCache(model.config, location=arguments.location, crop_margin=0)
+    past = ChunkMemoryCache(model.config, location=arguments.location, search=search, crop_margin=0)
     start = time.perf_counter()
     model.prefill(
         ids, past_key_values=past, segment_length=arguments.segment_length, lower_only=True, show_progress=True
@@ -131,12 +132,15 @@ def markdown(report: dict) -> str:
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += [
         "",
-        "| decoding behind | step, mean | median | cache on device | of it landmarks | off it (computed) | prefill |",
-        "|---|---|---|---|---|---|---|",
+        "| decoding behind | search | step, mean | median | cache on device | of it landmarks | off it (computed) | "
+        "prefill |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for context, cell in report["decoding"].items():
+    for search, context, cell in (
+        (search, *item) for search, cells in report["decoding"].items() for item in cells.items()
+    ):
         lines.append(
-            f"| {int(context):,} tokens | {cell['step_ms']:.2f} ms | {cell['median_step_ms']:.2f} ms | "
+            f"| {int(context):,} tokens | {search} | {cell['step_ms']:.2f} ms | {cell['median_step_ms']:.2f} ms | "
             f"{cell['device_bytes'] / 1e6:.2f} MB | {cell['landmark_bytes'] / 1e6:.2f} MB | "
             f"{cell['host_bytes'] / 1e6:.1f} MB ({cell['computed_bytes'] / 1e6:.1f}) | {cell['prefill_s']:.1f} s |"
         )
@@ -151,7 +155,10 @@ def main(arguments: Arguments) -> None:
         "environment": environment(threads=torch.get_num_threads()),
         "contexts": arguments.contexts,
         "perplexity": perplexities(models, text, arguments),
-        "decoding": {str(n): decoding(models[0][1], text, n, arguments) for n in arguments.decode_contexts},
+        "decoding": {
+            search: {str(n): decoding(models[0][1], text, n, search, arguments) for n in arguments.decode_contexts}
+            for search in arguments.searches
+        },
     }
     write_report(arguments.output, report, markdown(report))
 

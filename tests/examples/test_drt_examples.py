@@ -69,8 +69,15 @@ def test_training_goes_on_where_it_was_stopped_and_needles_are_asked_for(corpus,
     assert [report["results"]["window"]["two_hop"][str(n)]["exact"]["n"] for n in (256, 512)] == [3, 2]
     assert (tmp_path / "needles.png").stat().st_size > 10_000
 
-    sizes = "--contexts 32 128 --places 3 --targets 16 --decode_contexts 200 600 --steps 16".split()
+    sizes = (
+        "--contexts 32 128 --places 3 --targets 16 --decode_contexts 200 600 --steps 16 --searches exact faiss".split()
+    )
     run("evaluate_drt.py", "--models", *models, "--text", text, *sizes, "--output", str(tmp_path / "drt"))
     report = json.loads((tmp_path / "drt.json").read_text())
     assert report["perplexity"]["window"]["32"]["loss"] > 0
-    assert report["decoding"]["600"]["computed_bytes"] == (600 + 16) // 16 * 2 * 16 * 32 * 4
+    for search in ("exact", "faiss"):
+        cell = report["decoding"][search]["600"]
+        assert cell["computed_bytes"] == (600 + 16) // 16 * 2 * 16 * 32 * 4
+    short, long = (report["decoding"]["faiss"][context]["device_bytes"] for context in ("200", "600"))
+    # without landmarks, the numbers of the chunks are all that grows: eight bytes each, doubled
+    assert long - short <= 8 * 64
