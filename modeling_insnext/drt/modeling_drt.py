@@ -381,6 +381,8 @@ PASSED_TO_ANY_MODEL = (
     "cache_position",
     "position_ids",
     "num_items_in_batch",
+    "tokenizer",
+    "assistant_tokenizer",
 )
 
 
