@@ -1,5 +1,6 @@
 """Every run_*.py script trains, evaluates and predicts on tiny data, and a killed run ends as one that was not."""
 
+import gzip
 import itertools
 import json
 import random
@@ -282,3 +283,25 @@ def test_an_answer_in_a_blank_is_scored_by_orders_with_both_sides_given(home, tm
     assert lines[0] != lines[1]
     with pytest.raises(AssertionError, match="output_dir must be empty or hold this command's scores"):
         run("run_scoring", [*given, "--seed", "1", "--output_dir", str(tmp_path / "one")], tmp_path / "log")
+
+
+def test_the_classification_table_is_made_of_runs_that_are_not_run_again(home, tmp_path):
+    (tmp_path / "nlu").mkdir()
+    rows = "".join(
+        json.dumps({"sentence": one["text"], "label": one["label"]}) + "\n"
+        for one in map(json.loads, (home / "train.jsonl").read_text().splitlines())
+    )
+    for name in ("sst2_dev.jsonl", "cola_in_domain_train.jsonl", "cola_in_domain_dev.jsonl"):
+        (tmp_path / "nlu" / name).write_text(rows)
+    (tmp_path / "nlu" / "sst2_train.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
+    given = (
+        f"--data_dir {tmp_path} --checkpoint {home / 'insnext'} --output {tmp_path / 'table'} --runs {tmp_path}/runs"
+    )
+    given = [*given.split(), "--max_steps", "2", "--seeds", "0", "1"]
+    report = run("classification_table", given, tmp_path / "log")
+    assert [len(runs) for results in report["results"].values() for runs in results.values()] == [2] * 6
+    assert len((tmp_path / "table.md").read_text().split("majority class")) == 3
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/eval_results.json"))
+    again = run("classification_table", given, tmp_path / "log")
+    assert again["results"] == report["results"]
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/eval_results.json")) == before
