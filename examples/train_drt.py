@@ -8,8 +8,9 @@
 Rows are windows of one long text, `--length` tokens each, so nothing is padded. A batch holds books, with a loss on
 every token; needles (passkey, several keys, two hops: modeling_insnext.data.needles), with a loss on the answers; or a
 string of random ids twice, with a loss on the second, which soonest teaches to copy from what was retrieved. A small
-model learns in stages: first short rows and few distinct ids (`--id_range`), then the same command with longer rows
-and all ids, `--model_name_or_path` naming the stage before.
+model learns in stages: first to copy, from weights that are near it (`--copying_init`), in short rows of few distinct
+ids (`--id_range`); then to find, in longer rows, `--model_name_or_path` naming the stage before. The card of
+`examples/checkpoints/drt-mini` holds the commands that made it.
 
 The same seed draws the same batches for every model. Interrupted, the same command goes on from the last checkpoint in
 `output_dir`.
@@ -187,12 +188,13 @@ def exact_match(prediction) -> dict[str, float]:
 def plot_history(history: list[dict], kinds: list[str], path: Path) -> None:
     """Draw held-out losses and exact matches by step."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for kind in kinds:
+    for color, kind in enumerate(kinds):
         rows = [row for row in history if f"eval_{kind}_loss" in row]
         steps = [row["step"] for row in rows]
-        axes[0].plot(steps, [row[f"eval_{kind}_loss"] for row in rows], label=kind)
+        axes[0].plot(steps, [row[f"eval_{kind}_loss"] for row in rows], color=f"C{color}", label=kind)
         if kind != "books":
-            axes[1].plot(steps, [100 * row[f"eval_{kind}_exact_match"] for row in rows], label=kind)
+            shares = [100 * row[f"eval_{kind}_exact_match"] for row in rows]
+            axes[1].plot(steps, shares, color=f"C{color}", label=kind)
     axes[0].set(xlabel="step", ylabel="nats a supervised token", title="held-out loss")
     axes[1].set(xlabel="step", ylabel="%", title="whole answers, held out")
     for axis in axes:
