@@ -167,10 +167,12 @@ class DrtModel(DrtPreTrainedModel):
                 past.advance(layout, embeds.shape[1])
                 return BaseModelOutputWithPast(last_hidden_state=torch.zeros_like(embeds), past_key_values=past)
         hidden = put_in(layout, embeds, self.landmark if self.config.has_landmark_tokens else None)
+        entering = embeds
         if self.config.position_encoding == "learned":
             last = self.config.max_position_embeddings - 1
             hidden = hidden + self.embed_positions(slot_positions(layout, hidden.device).clamp_max(last))
-        states = [take_out(layout, hidden)] if output_hidden_states or self.config.output_hidden_states else None
+            entering = take_out(layout, hidden)
+        states = [entering] if output_hidden_states or self.config.output_hidden_states else None
         lower = self.config.num_lower_layers
         hidden = self._run(range(lower), hidden, layout, past, states)
         if self.config.retrieval_groups:
