@@ -44,8 +44,11 @@ def load_splits(data: DataArguments, model: ModelArguments) -> DatasetDict:
     if data.dataset_name is not None:
         splits = datasets.load_dataset(data.dataset_name, data.dataset_config_name, cache_dir=model.cache_dir)
     else:
-        kind = {data_format(f"{split}_file", path) for split, path in data.files.items()}.pop()
-        splits = datasets.load_dataset(kind, data_files=data.files, cache_dir=model.cache_dir)
+        # each for itself, as their columns may differ
+        splits = DatasetDict()
+        for name, path in data.files.items():
+            kind = data_format(f"{name}_file", path)
+            splits[name] = datasets.load_dataset(kind, data_files=path, split="train", cache_dir=model.cache_dir)
     limits = {"train": data.max_train_samples}
     for name, rows in splits.items():
         limit = limits.get(name, data.max_eval_samples)

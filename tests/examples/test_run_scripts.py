@@ -115,7 +115,8 @@ def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scripts")
     dice = random.Random(0)
     for name, count in (("train", 16), ("validation", 5), ("test", 3)):
-        rows = [row(dice) for _ in range(count)]
+        # a column that the other files lack
+        rows = [{**row(dice), name: 1} for _ in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     tokenizer = tiny_tokenizer()
     for name, config_class, model_class in (

@@ -47,7 +47,6 @@ BAD = {
     "both data": (f"run_pretraining {INSNEXT} {DATA} --dataset_name glue", "dataset_name or files, not both"),
     "format": (f"run_pretraining {INSNEXT} --train_file a.parquet --do_train", "train_file must end with one of"),
     "no file": (f"run_pretraining {INSNEXT} --train_file a.jsonl --do_train", "train_file must be a file"),
-    "formats": (f"run_pretraining {INSNEXT} {DATA} --validation_file {{home}}/a.csv", "must have one format"),
     "nothing to do": (f"run_pretraining {INSNEXT} --train_file {{home}}/rows.jsonl", "there must be something to do"),
     "no validation": (f"run_pretraining {INSNEXT} {DATA} --do_eval", "do_eval needs validation_file"),
     "rows": (f"run_pretraining {INSNEXT} {DATA} --max_train_samples 0", "max_train_samples must be at least 1, got 0"),
@@ -119,7 +118,6 @@ def home(tmp_path_factory):
         "real": 0.5,
     }
     (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)
-    (folder / "a.csv").write_text("text\na\n")
     return folder
 
 
