@@ -1,6 +1,9 @@
 """Tiny models of both architectures with a tokenizer, for tests of folders that are exported, pushed and loaded."""
 
+from pathlib import Path
+
 import torch
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -51,8 +54,27 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_model(architecture: str, seed: int = 0, **changes):
-    """Return a language model in evaluation mode."""
-    model_class, config_class, shape = ARCHITECTURES[architecture]
+def tiny_model(architecture: str, seed: int = 0, model_class=None, **changes):
+    """Return a model in evaluation mode, a language model unless another class is given."""
+    language_model, config_class, shape = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
-    return model_class(config_class(**{**SIZES, **shape, **changes})).eval()
+    return (model_class or language_model)(config_class(**{**SIZES, **shape, **changes})).eval()
+
+
+def save_model(architecture: str, folder: Path, model_class=None, **changes) -> Path:
+    """Save a model, its tokenizer and a file of notes, and return the folder."""
+    tiny_model(architecture, model_class=model_class, **changes).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "notes.txt").write_text("of one run")
+    return folder
+
+
+def save_adapter(architecture: str, folder: Path) -> Path:
+    """Save a base model and, beside it, an adapter that changes what it says; return the adapter's folder."""
+    save_model(architecture, folder / "base")
+    model = tiny_model(architecture)
+    model.name_or_path = str(folder / "base")
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False))
+    adapted.save_pretrained(folder / "adapter")
+    tiny_tokenizer().save_pretrained(folder / "adapter")
+    return folder / "adapter"
