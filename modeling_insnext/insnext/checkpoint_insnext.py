@@ -19,11 +19,12 @@ class CheckedLoadingMixin:
 
         Raises:
             ValueError: If a weight is infinite or no number, or the checkpoint was saved by this class and a tensor is
-                missing or one too many.
+                missing or one too many. With `output_loading_info=True` these are reported instead, as anywhere.
         """
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         # an adapter's report is about the adapter, and another class's checkpoint lacks the head or has one too many
-        if cls.__name__ in (model.config.architectures or ()) and not model._hf_peft_config_loaded:
+        own = cls.__name__ in (model.config.architectures or ()) and not model._hf_peft_config_loaded
+        if own and not output_loading_info:
             _check_names(info)
         _check_finite(model)
         saved_by = model.config.code_version
