@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:
@@ -35,7 +36,15 @@ def test_every_block_runs(monkeypatch, tmp_path):
         exec(compile(python_blocks("```python\nundefined_name\n```")[0][1], "control", "exec"), {})
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_block_of_the_pages_runs(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for line, block in python_blocks(page.read_text(encoding="utf-8")):
+        exec(compile("\n" * (line - 1) + block, page.name, "exec"), {})
+
+
 def test_every_path_named_exists():
-    paths = re.findall(r"`((?:examples|modeling_insnext|tests|docs)/[\w./-]+)`|\]\((docs/[\w./-]+)\)", README)
+    text = README + "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    paths = re.findall(r"`((?:examples|modeling_insnext|tests|docs)/[\w./-]+)`|\]\((docs/[\w./-]+)\)", text)
     missing = [path for pair in paths for path in pair if path and not (ROOT / path).exists()]
     assert not missing
