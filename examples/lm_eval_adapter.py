@@ -11,6 +11,7 @@ Both models are scored from left to right behind BOS; STOP of InsNeXt is EOS. A 
 reads texts of any length, in segments.
 """
 
+import logging
 from itertools import groupby
 
 import torch
@@ -21,6 +22,17 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 from modeling_insnext import ChunkMemoryCache
+
+
+logger = logging.getLogger(__name__)
+
+
+def usable_device(name: str | None) -> torch.device:
+    """Return the device of that name; the harness asks for `cuda:0` where nobody chose, which may not be there."""
+    if name is None or (name.startswith("cuda") and not torch.cuda.is_available()):
+        logger.warning("device %s is not there: the model runs on the CPU", name)
+        return torch.device("cpu")
+    return torch.device(name)
 
 
 class Ended(StoppingCriteria):
@@ -41,7 +53,7 @@ class LeftToRightLM(TemplateLM):
     Args:
         pretrained: Folder or repository of the checkpoint.
         tokenizer: Where its tokenizer is, if elsewhere.
-        device: Where it runs.
+        device: Where it runs; the CPU where it asks for a GPU that is not there, with a warning.
         dtype: Its numbers, as `from_pretrained` takes them.
         batch_size: Texts a forward pass.
         max_batch_size: For the harness; must be `None`, as the batch size is not searched for.
@@ -76,11 +88,11 @@ class LeftToRightLM(TemplateLM):
             from peft import PeftModel
 
             self.model = PeftModel.from_pretrained(self.model, peft)
-        self.model.to(device or "cpu").eval()
+        self._device = usable_device(device)
+        self.model.to(self._device).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(tokenizer or pretrained)
         if self.tokenizer.bos_token_id is None:
             raise ValueError(f"scoring needs a BOS to stand behind, the tokenizer of {pretrained} has none")
-        self._device = torch.device(device or "cpu")
         self.batch_size, self.max_gen_toks = int(batch_size), max_gen_toks
 
     @property
