@@ -27,7 +27,7 @@ class Hiding(MetaPathFinder):
 @torch.no_grad()
 def observe(model, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Return what is compared: logits and, of a model that writes, its greedy continuation."""
-    inputs = ids[:, None] if "MultipleChoice" in model.config.architectures[0] else ids
+    inputs = ids[:, None] if type(model).__name__.endswith("ForMultipleChoice") else ids
     out = model(inputs)
     found = {"logits": (out.logits if "logits" in out else out.last_hidden_state).contiguous()}
     if model.can_generate():
