@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "train": TRAIN,
+        "eval": ["lm-eval", "nltk"],
         "faiss": ["faiss-cpu"],
         "triton": TRITON,
         "test": [*TRAIN, *TRITON, "faiss-cpu", "hypothesis", "pytest>=9", "pytest-xdist", "ruff"],
