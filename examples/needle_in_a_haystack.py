@@ -134,6 +134,8 @@ def plot(report: dict, path: str) -> None:
                 report["lengths"], share, [share - low, high - share], marker="o", ms=4, capsize=2, lw=1.2, label=name
             )
         axis.set_xscale("log", base=4)
+        names = [f"{n >> 20}M" if n >= 1 << 20 else f"{n / 1024:g}K" for n in report["lengths"]]
+        axis.set_xticks(report["lengths"], names, minor=False)
         axis.set(title=kind.replace("_", " "), xlabel="tokens", ylim=(-4, 104))
     np.atleast_1d(axes)[0].set_ylabel("whole answers, %")
     np.atleast_1d(axes)[-1].legend()
