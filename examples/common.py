@@ -11,8 +11,9 @@ import torch
 import transformers
 from arguments import AdapterArguments, DataArguments, InsertionArguments, ModelArguments, data_format, json_object
 from datasets import Dataset, DatasetDict
+from report import write_atomically
+from resume import last_checkpoint
 from transformers import AutoConfig, AutoTokenizer, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_insnext import DrtConfig, InsNextConfig
 from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, sentence_end_table, word_start_table
@@ -233,19 +234,6 @@ def insertion_collator(args: InsertionArguments, tokenizer, texts, contexts: dic
 # training
 
 
-def last_checkpoint(output_dir: str) -> str | None:
-    """Return the newest complete checkpoint: `Trainer` writes its state last, so one without was interrupted."""
-    complete = {}
-    for path in Path(output_dir).glob("checkpoint-*"):
-        try:
-            json.loads((path / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            logger.warning("left out, as its writing was interrupted: %s", path)
-        else:
-            complete[int(path.name.removeprefix("checkpoint-"))] = str(path)
-    return complete[max(complete)] if complete else None
-
-
 def train_and_evaluate(trainer, perplexity: bool = False) -> dict[str, float]:
     """Train from the last checkpoint on, save, evaluate and push, as the training arguments say.
 
@@ -288,7 +276,5 @@ def wanted_examples(splits: DatasetDict, columns: list[str], make, data: DataArg
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
-    """Write rows as JSON lines; the file appears at once or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    """Write rows as JSON lines."""
+    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

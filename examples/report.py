@@ -25,13 +25,19 @@ def environment(**more) -> dict:
     }
 
 
+def write_atomically(path: str | Path, text: str) -> None:
+    """Write a file, UTF-8; it appears at once or not at all."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 def write_report(output: str, report: dict, table: str) -> None:
     """Write `output`.json and, with the command and the environment below the table, `output`.md; each in one move."""
     facts = ", ".join(f"{key} {value}" for key, value in report["environment"].items())
     text = f"{table}\n\n`{report['command']}`; {facts}\n"
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".json", json.dumps(report, indent=1)), (".md", text)):
-        temporary = Path(f"{output}{suffix}.tmp")
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(f"{output}{suffix}")
+        write_atomically(f"{output}{suffix}", content)
     print(text)

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from report import write_atomically
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from modeling_insnext import InsNextConfig, InsNextForInsertionLM
@@ -297,12 +298,6 @@ def markdown(rows: list[dict]) -> str:
 
 def command() -> str:
     return shlex.join(["python", "examples/star_graphs.py", *sys.argv[1:]])
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def main():

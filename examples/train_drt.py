@@ -24,9 +24,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from copying_init import start_from_copying
+from resume import train_small_checkpoint
 from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_insnext import DrtConfig, DrtForCausalLM
 from modeling_insnext.data.needles import NeedleTask, draw_needles
@@ -222,13 +222,7 @@ def main():
         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1),
         compute_metrics=exact_match,
     )
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    )
-    final = Path(training.output_dir) / "final"
-    model.to(torch.bfloat16).save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    (final / "history.json").write_text(json.dumps(trainer.state.log_history))
+    final = train_small_checkpoint(trainer)
     plot_history(trainer.state.log_history, kinds, final / "loss.png")
 
 

@@ -17,8 +17,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from prepare_corpus import load_texts
+from resume import train_small_checkpoint
 from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_insnext import InsNextConfig, InsNextForInsertionLM
 from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, sentence_end_table, word_start_table
@@ -121,13 +121,7 @@ def main():
         data_collator=make_collator(args, tokenizer, train),
         processing_class=tokenizer,
     )
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(training.output_dir) if Path(training.output_dir).is_dir() else None
-    )
-    final = Path(training.output_dir) / "final"
-    model.to(torch.bfloat16).save_pretrained(final)
-    tokenizer.save_pretrained(final)
-    (final / "history.json").write_text(json.dumps(trainer.state.log_history))
+    final = train_small_checkpoint(trainer)
     plot_history(trainer.state.log_history, final / "loss.png")
 
 

@@ -1,13 +1,11 @@
 """PEFT knows both model types: adapters without named targets, here and on a remote-code checkpoint alone."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from clean_process import run_clean
 
 from modeling_insnext import DrtConfig, InsNextConfig
 
@@ -32,7 +30,6 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 REMOTE = """
 import json, sys
-sys.modules["modeling_insnext"] = None
 import torch, transformers
 ids = torch.tensor(json.loads(sys.argv[1]))
 for folder in sys.argv[2:]:
@@ -71,11 +68,8 @@ def difference(first, second):
     return (first - second).nan_to_num(nan=0.0).abs().max()
 
 
-def run_clean(code: str, folder: Path, *arguments: str) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+def printed(code: str, folder: Path, *arguments: str, **options) -> str:
+    done = run_clean(code, folder, *arguments, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -151,11 +145,11 @@ def test_importing_the_package_imports_no_peft_and_needs_none(tmp_path):
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r}); sys.modules['peft'] = None\n"
         "from modeling_insnext import InsNextConfig; InsNextConfig().to_dict(); print('peft.utils' in sys.modules)"
     )
-    assert run_clean(code, tmp_path).strip() == "False"
+    assert printed(code, tmp_path, hidden=()).strip() == "False"
 
 
 def test_adapters_on_a_remote_code_checkpoint_in_a_clean_process(tmp_path):
     for model_type in CONFIGS:
         model_of(model_type).save_pretrained(tmp_path / model_type)
     folders = [str(tmp_path / model_type) for model_type in CONFIGS]
-    assert run_clean(REMOTE, tmp_path, str(IDS.tolist()), *folders).split() == ["same", "insnext", "same", "drt"]
+    assert printed(REMOTE, tmp_path, str(IDS.tolist()), *folders).split() == ["same", "insnext", "same", "drt"]

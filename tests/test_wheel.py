@@ -10,16 +10,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-USE_BOTH = """
+ONLY_THE_WHEEL = """
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 site = Path(sys.argv[1])
 # an editable install of the tree puts a finder of its own in front, and folders behind
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in str(finder)]
 sys.path[:] = [str(site), *(path for path in sys.path if not Path(path, "modeling_insnext").exists())]
+"""
 
+USE_BOTH = """
 import torch
 import insnext_kernels
 import modeling_insnext
@@ -42,6 +43,30 @@ for model in (
     assert loaded.generate(ids, max_new_tokens=3).shape[0] == 1
 print("USED", modeling_insnext.__version__)
 """
+
+# as `python SCRIPT ARGUMENTS` does it
+RUN_SCRIPT = """
+import runpy
+
+sys.argv = sys.argv[2:]
+sys.path.insert(0, str(Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+import modeling_insnext
+
+assert Path(modeling_insnext.__file__).is_relative_to(site)
+"""
+EXAMPLES = {
+    "quickstart.py": [],
+    "run_scoring.py": [
+        *("--task", "perplexity", "--data_file", "rows.jsonl", "--output_dir", "scores"),
+        *("--model_name_or_path", str(ROOT / "examples" / "checkpoints" / "drt-mini")),
+    ],
+}
+
+
+def run_isolated(code: str, site: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-I", "-c", ONLY_THE_WHEEL + code, str(site), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +99,30 @@ def test_the_wheel_holds_the_two_packages_and_nothing_else(wheel):
     assert sources <= set(names)
 
 
-@pytest.mark.slow
-def test_both_models_work_from_the_wheel_in_another_folder(wheel, tmp_path):
-    site = tmp_path / "site"
+@pytest.fixture(scope="module")
+def site(wheel, tmp_path_factory):
+    """A folder that the wheel is installed in."""
+    site = tmp_path_factory.mktemp("site")
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "-q", "--target", str(site)]
     done = subprocess.run([*install, str(wheel)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    command = [sys.executable, "-I", "-c", USE_BOTH]
-    done = subprocess.run([*command, str(site)], cwd=elsewhere, capture_output=True, text=True)
+    return site
+
+
+@pytest.mark.slow
+def test_both_models_work_from_the_wheel_in_another_folder(site, tmp_path):
+    done = run_isolated(USE_BOTH, site, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "USED" in done.stdout
     # control: without the wheel the tree is out of reach there
-    done = subprocess.run([*command, str(elsewhere)], cwd=elsewhere, capture_output=True, text=True)
+    done = run_isolated(USE_BOTH, tmp_path / "empty", tmp_path)
     assert "No module named" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", EXAMPLES)
+def test_examples_work_with_the_wheel_from_another_folder(site, tmp_path, script):
+    (tmp_path / "rows.jsonl").write_text('{"text": "A dog ran to the park."}\n{"text": "The sea was calm."}\n')
+    done = run_isolated(RUN_SCRIPT, site, tmp_path, str(ROOT / "examples" / script), *EXAMPLES[script])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout

@@ -1,11 +1,10 @@
 import dataclasses
-import importlib.util
 import json
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+import star_graphs
 import torch
 from transformers import TrainingArguments
 
@@ -25,15 +24,6 @@ from modeling_insnext.data.star_graphs import (
 
 SIZE = 150
 TINY = StarGraphSpec(degree=2, min_length=4, max_length=4, min_plan=2, num_names=7)
-SCRIPT = Path(__file__).parents[2] / "examples" / "star_graphs.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("star_graphs_example", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def graphs_of(name, split="test", size=SIZE):
@@ -174,11 +164,11 @@ def test_bad_requests():
         star_texts("easy", "val", 101)
 
 
-def test_judge_tells_the_ways_to_fail(script):
+def test_judge_tells_the_ways_to_fail():
     graph = StarGraph(np.array([[7, 4], [4, 9], [9, 2], [4, 0], [0, 3]]), np.array([7, 4, 9, 2]), 2)
 
     def holds(*path):
-        return {name for name, value in script.judge(graph, np.array(path)).items() if value}
+        return {name for name, value in star_graphs.judge(graph, np.array(path)).items() if value}
 
     assert holds(7, 4, 9, 2) == {"exact", "fork", "length", "edges"}
     assert holds(7, 4, 0, 2) == {"wrong_arm", "length"}
@@ -186,22 +176,22 @@ def test_judge_tells_the_ways_to_fail(script):
     assert holds(7, 9, 2) == set()
 
 
-def test_partly_written_texts_supervise_one_decision(script):
-    batch = script.make_collator("left_to_right")(star_texts("medium", "val", 20))
+def test_partly_written_texts_supervise_one_decision():
+    batch = star_graphs.make_collator("left_to_right")(star_texts("medium", "val", 20))
     given, written = batch["horizon"][:, 0] + 1, (batch["labels"] != -100).sum(1)
     row = int(written.argmax())
     one = {name: values[row : row + 1] for name, values in batch.items()}
-    insertion = script.partly_written(one, given[row : row + 1] + 1, stops=False)
+    insertion = star_graphs.partly_written(one, given[row : row + 1] + 1, stops=False)
     assert (insertion["labels"] != -100).nonzero().tolist() == [[0, int(given[row]) + 1]]
     assert not insertion["stop_targets"].any()
-    stop = script.partly_written(one, given[row : row + 1] + written[row], stops=True)
+    stop = star_graphs.partly_written(one, given[row : row + 1] + written[row], stops=True)
     assert (stop["labels"] == -100).all() and int(stop["stop_targets"].sum()) == 1
 
 
-def test_a_tiny_model_learns_tiny_graphs_and_is_measured(script, tmp_path, monkeypatch):
+def test_a_tiny_model_learns_tiny_graphs_and_is_measured(tmp_path, monkeypatch):
     monkeypatch.setitem(SPECS, "tiny", TINY)
     torch.manual_seed(0)
-    args = script.StarArguments(
+    args = star_graphs.StarArguments(
         graphs="tiny", hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         train_size=200, test_size=40,
     )  # fmt: skip
@@ -210,24 +200,24 @@ def test_a_tiny_model_learns_tiny_graphs_and_is_measured(script, tmp_path, monke
         logging_steps=20, eval_strategy="steps", eval_steps=40, remove_unused_columns=False, prediction_loss_only=True,
         report_to="none", disable_tqdm=True, save_strategy="no",
     )  # fmt: skip
-    model = script.train(args, training)
-    row = script.evaluate(model, "tiny", args, training)
+    model = star_graphs.train(args, training)
+    row = star_graphs.evaluate(model, "tiny", args, training)
     logged = row["training"]["history"]
     assert row["training"]["steps"] == 40 and logged[1]["position_loss"] < logged[0]["position_loss"]
-    assert set(row["modes"]) == set(script.MODES)
+    assert set(row["modes"]) == set(star_graphs.MODES)
     assert all(np.isfinite(list(losses.values())).all() for losses in row["next_insertion"].values())
     assert 0 <= row["modes"]["cached"]["exact"] <= row["modes"]["cached"]["length"] <= 1
 
     questions = graphs_of("tiny", size=4)
-    paths, cost = script.write_paths(model, questions, 2, min_new_tokens=2)
+    paths, cost = star_graphs.write_paths(model, questions, 2, min_new_tokens=2)
     assert cost.tolist() == [2] * 4 and all(len(path) == 4 for path in paths)
     assert all((path[[0, -1]] == graph.path[[0, -1]]).all() for path, graph in zip(paths, questions, strict=True))
-    _, cost = script.write_paths(model, questions, 2, min_new_tokens=2, **script.MODES["reencoded"])
+    _, cost = star_graphs.write_paths(model, questions, 2, min_new_tokens=2, **star_graphs.MODES["reencoded"])
     assert (cost > 2 + 20).all()
 
     path = tmp_path / "results" / "star_graphs.json"
     for chance in (0.5, 0.25):
-        script.save_results({**row, "chance_at_fork": chance}, path)
+        star_graphs.save_results({**row, "chance_at_fork": chance}, path)
     assert [saved["chance_at_fork"] for saved in json.loads(path.read_text())] == [0.25]
     assert "| tiny | uniform | cached |" in path.with_suffix(".md").read_text()
     assert sorted(file.name for file in path.parent.iterdir()) == ["star_graphs.json", "star_graphs.md"]

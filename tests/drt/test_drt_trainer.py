@@ -3,10 +3,12 @@
 import copy
 
 import pytest
+import quiet_training
 import torch
 from helpers_drt import random_ids, tiny_model
 from helpers_drt_hub import small_model, tiny_tokenizer
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from quiet_training import losses, weights
+from transformers import DataCollatorForLanguageModeling, Trainer
 
 from modeling_insnext import DrtForCausalLM, DrtForSequenceClassification
 
@@ -27,30 +29,7 @@ def collator(padding_side="right"):
 
 
 def arguments(folder, **options):
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "learning_rate": 3e-3,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        **options,
-    }
-    return TrainingArguments(**options)
-
-
-def losses(trainer, name="loss"):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def weights(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    return quiet_training.arguments(folder, **{"remove_unused_columns": False, **options})
 
 
 def make_trainer(folder, model=None, data=None, collate=None, eval_dataset=None, **options):

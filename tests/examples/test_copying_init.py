@@ -1,18 +1,10 @@
 """Copying initialisation of the DRT examples: the products that its docstring states, for every kind of reader."""
 
-import importlib.util
-from pathlib import Path
-
+import copying_init
 import pytest
 import torch
 
 from modeling_insnext import DrtConfig, DrtForCausalLM
-
-
-path = Path(__file__).parents[2] / "examples" / "copying_init.py"
-spec = importlib.util.spec_from_file_location("copying_init", path)
-copying_init = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(copying_init)
 
 
 def model(**fields) -> DrtForCausalLM:

@@ -15,13 +15,11 @@ from modeling_insnext import DrtConfig, DrtForCausalLM, InsNextConfig, InsNextFo
 
 
 pytest.importorskip("lm_eval", reason="needs the LM Evaluation Harness: pip install lm-eval")
+lm_eval_adapter = pytest.importorskip("lm_eval_adapter")
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = ROOT / "examples" / "checkpoints" / "insnext-mini"
-sys.path.insert(0, str(ROOT / "examples"))
-from lm_eval_adapter import DrtLM, InsNextLM  # noqa: E402
-
-
+DrtLM, InsNextLM = lm_eval_adapter.DrtLM, lm_eval_adapter.InsNextLM
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "initializer_range": 0.3}
 DRT = {"num_lower_layers": 1, "retrieval_groups": [1], "num_encoder_layers": 1, "chunk_size": 4, "sliding_window": 8}
 PAIRS = [

@@ -2,16 +2,12 @@
 
 import importlib
 import json
-import sys
 
 import numpy as np
 import pytest
-from script_runner import EXAMPLES
 
 from modeling_insnext import DrtConfig, InsNextConfig
 
-
-sys.path.insert(0, str(EXAMPLES))
 
 INSNEXT = "--model_name_or_path {home}/insnext"
 DRT = "--model_name_or_path {home}/drt"

@@ -1,31 +1,17 @@
 """Tiny models and a tiny tokenizer for the tests of everything around the model."""
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tiny_tokenizers import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from modeling_insnext import InsNextConfig
 
 
-SENTENCES = ["the old man and the sea", "a quick brown fox jumps over the lazy dog"]
 VOCAB_SIZE = 60
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator(SENTENCES * 3, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        model_input_names=["input_ids", "attention_mask"],
-    )
+    return byte_tokenizer(VOCAB_SIZE)
 
 
 def tiny_config(**overrides) -> InsNextConfig:

@@ -2,13 +2,11 @@
 
 import inspect
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from clean_process import run_clean
 from helpers_hub import random_ids, tiny_model, tiny_tokenizer
 
 import modeling_insnext
@@ -18,20 +16,6 @@ from modeling_insnext.insnext import AUTO_CLASSES
 
 CODE = Path(modeling_insnext.__file__).parent / "insnext"
 IDS = random_ids(2, 6)
-
-HIDE_THE_PACKAGE = """
-import sys
-from importlib.abc import MetaPathFinder
-
-
-class Hidden(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "modeling_insnext":
-            raise ImportError(f"{name} is hidden")
-
-
-sys.meta_path.insert(0, Hidden())
-"""
 
 
 def observe(model, tokenizer, ids):
@@ -97,13 +81,6 @@ found["attention"] = model.config._attn_implementation
 found["imported"] = sorted(name for name in sys.modules if name.split(".")[0] == "modeling_insnext")
 print("FOUND" + json.dumps(found))
 """
-
-
-def run_clean(code: str, folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
-    environment |= {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", HIDE_THE_PACKAGE + code, *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")

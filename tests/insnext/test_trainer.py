@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from helpers_hub import VOCAB_SIZE, tiny_model, tiny_tokenizer
+from quiet_training import arguments, losses, weights
 from torch.utils.data import Dataset
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import DataCollatorForLanguageModeling, Trainer
 
 from modeling_insnext import (
     InsNextForInsertionLM,
@@ -30,24 +31,6 @@ def collator(**options):
     return InsertionCollator(pad_token_id=0, bos_token_id=1, eos_token_id=2, **options)
 
 
-def arguments(folder, **options):
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "learning_rate": 3e-3,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **options,
-    }
-    return TrainingArguments(**options)
-
-
 def insertion_trainer(folder, model=None, trainer_class=InsertionTrainer, data=None, collate=None, **options):
     extra = {"eval_dataset": options.pop("eval_dataset")} if "eval_dataset" in options else {}
     return trainer_class(
@@ -57,14 +40,6 @@ def insertion_trainer(folder, model=None, trainer_class=InsertionTrainer, data=N
         data_collator=collate or collator(),
         **extra,
     )
-
-
-def losses(trainer, name="loss"):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
-
-
-def weights(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 @pytest.mark.parametrize("trainer_class", [InsertionTrainer, Trainer])

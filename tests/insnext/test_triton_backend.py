@@ -1,12 +1,10 @@
 """`attn_implementation="insnext_triton"`: the model of `eager`, natively on a GPU, in the interpreter without."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from clean_process import run_clean
 from helpers import BOS, build_row, random_ids, random_text, relative_error, tiny_model
 
 import insnext_kernels
@@ -224,16 +222,7 @@ def test_without_the_kernels_it_says_what_is_missing(monkeypatch):
 
 CLEAN = """
 import sys
-from importlib.abc import MetaPathFinder
 
-
-class Hidden(MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in sys.argv[2].split(","):
-            raise ImportError(f"{name} is hidden")
-
-
-sys.meta_path.insert(0, Hidden())
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -256,12 +245,9 @@ with torch.no_grad():
 @pytest.mark.parametrize("installed", [False, True])
 def test_a_saved_folder_loads_with_and_without_the_kernels(tmp_path, installed):
     model_of("eager").save_pretrained(tmp_path / "model")
-    hidden = "modeling_insnext" if installed else "modeling_insnext,insnext_kernels"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "TRITON_INTERPRET": "1"}
-    environment["PYTHONPATH"] = str(Path(insnext_kernels.__file__).parents[1])
-    command = [sys.executable, "-c", CLEAN, str(tmp_path / "model"), hidden]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    hidden = ("modeling_insnext",) if installed else ("modeling_insnext", "insnext_kernels")
+    kernels = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(insnext_kernels.__file__).parents[1])}
+    done = run_clean(CLEAN, tmp_path, str(tmp_path / "model"), hidden=hidden, **kernels)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "EAGER True" in done.stdout
     assert ("TRITON True" if installed else "TRITON attn_implementation=") in done.stdout

@@ -1,18 +1,7 @@
-"""Kernel tests run natively on a GPU, and in Triton's interpreter where there is none.
-
-`TRITON_INTERPRET` is read when a kernel is defined, so it must stand before the first import of one; collecting this
-folder does that. It stays set for the process: nothing outside this folder reads it, and a test that needs the real
-compiler starts a process of its own (`helpers_kernels.compiled_for_sm90`).
-"""
-
-import os
+"""Kernel tests run natively on a GPU, and in Triton's interpreter where there is none (`tests/conftest.py`)."""
 
 import pytest
 import torch
-
-
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

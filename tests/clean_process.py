@@ -1,0 +1,31 @@
+"""A Python process that cannot import this package: a checkpoint must do with the code it carries."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+HIDE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+
+class Hidden(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {hidden!r}:
+            raise ImportError(f"{{name}} is hidden")
+
+
+sys.meta_path.insert(0, Hidden())
+"""
+
+
+def run_clean(
+    code: str, folder: Path, *arguments: str, hidden=("modeling_insnext", "insnext_kernels"), **environment: str
+) -> subprocess.CompletedProcess:
+    """Run code in `folder`, with an empty cache of its own, without a network and with the packages `hidden`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    own = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HIDE.format(hidden=tuple(hidden)) + code, *arguments]
+    return subprocess.run(command, cwd=folder, env={**kept, **own, **environment}, capture_output=True, text=True)

@@ -1,0 +1,28 @@
+"""A checkpoint carries its code as one flat folder, so that the two architectures cannot share a file: what both need
+stands in each, and must not drift apart."""
+
+from pathlib import Path
+
+import pytest
+
+import modeling_insnext
+
+
+PACKAGE = Path(modeling_insnext.__file__).parent
+
+
+def nameless(name: str, architecture: str) -> str:
+    text = (PACKAGE / architecture / f"{name}_{architecture}.py").read_text(encoding="utf-8")
+    text = text.replace("modeling-insnext==", "the package==")
+    for own in {"insnext": ("InsNeXt", "InsNext", "insnext"), "drt": ("DRT", "Drt", "drt")}[architecture]:
+        text = text.replace(own, "NAME")
+    return text
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "peft"])
+def test_both_architectures_hold_the_same_file_but_for_their_names(name):
+    assert nameless(name, "insnext") == nameless(name, "drt")
+
+
+def test_control_other_files_differ():
+    assert nameless("configuration", "insnext") != nameless("configuration", "drt")
