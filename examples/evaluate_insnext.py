@@ -11,7 +11,6 @@
 """
 
 import json
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,17 +94,21 @@ def summary(losses: np.ndarray) -> dict:
     }
 
 
-def write_concepts(model, tokenizer, rows: list[dict], batch_size: int, **options) -> dict:
-    """Return coverage, BLEU with a bootstrap interval, tokens encoded per token written, and texts."""
+def write_texts(model, tokenizer, rows: list[dict], batch_size: int, **options) -> tuple[list[str], float]:
+    """Return a text around the concepts of each row, and the tokens encoded per token written."""
     texts, encoded, written = [], 0, 0
-    started = time.perf_counter()
     for first in tqdm(range(0, len(rows), batch_size), desc=str(options), disable=None):
-        batch = rows[first : first + batch_size]
-        canvas = model.canvas(tokenizer, keywords=[row["concepts"] for row in batch])
+        concepts = [row["concepts"] for row in rows[first : first + batch_size]]
+        canvas = model.canvas(tokenizer, keywords=concepts).to(model.device)
         out = model.generate(**canvas, max_new_tokens=40, return_dict_in_generate=True, **options)
         texts += tokenizer.batch_decode(out.sequences, skip_special_tokens=True)
         encoded += int(out.encoded_tokens.sum())
         written += int((out.insertion_steps > 0).sum())
+    return texts, encoded / written
+
+
+def judge_texts(texts: list[str], rows: list[dict]) -> dict:
+    """Return coverage, and BLEU with a bootstrap interval."""
     coverage, bleu = (evaluate.load(f"{METRICS}/{name}") for name in ("keyword_coverage", "bleu"))
     covered = coverage.compute(predictions=texts, references=[row["concepts"] for row in rows])
     references = [row["references"] for row in rows]
@@ -114,8 +117,7 @@ def write_concepts(model, tokenizer, rows: list[dict], batch_size: int, **option
         "coverage": covered["coverage"],
         "bleu": score["mean"],
         "bleu_interval": score["interval"],
-        "encoded_per_written": encoded / written,
-        "seconds": time.perf_counter() - started,
+        "brevity_penalty": score["brevity_penalty"],
         "examples": texts[:10],
     }
 
@@ -161,9 +163,9 @@ def main():
             results["next_insertion"][source] = summary(losses)
     rows = [json.loads(line) for line in open(f"{args.data_dir}/commongen/dev.jsonl", encoding="utf-8")]
     for mode, options in WRITING.items():
-        results["writing"][mode] = write_concepts(
-            model, tokenizer, rows[: args.concept_sets], args.batch_size, **options
-        )
+        concepts = rows[: args.concept_sets]
+        texts, cost = write_texts(model, tokenizer, concepts, args.batch_size, **options)
+        results["writing"][mode] = {**judge_texts(texts, concepts), "encoded_per_written": cost}
     results["environment"] = environment(threads=args.threads)
     write_report(args.output, results, markdown(results))
 

@@ -1,5 +1,7 @@
 """BLEU, as sacrebleu computes it, over any number of references a text."""
 
+from itertools import zip_longest
+
 import datasets
 import evaluate
 import sacrebleu
@@ -49,9 +51,8 @@ class Bleu(evaluate.Metric):
     def _compute(self, predictions, references, lowercase=False, tokenize="13a", bootstrap=0):
         if not references or not all(references):
             raise ValueError(f"every text needs a reference, got {[len(row) for row in references]}")
-        width = max(map(len, references))
         # sacrebleu reads references by column, None where a text has fewer
-        columns = [[row[i] if i < len(row) else None for row in references] for i in range(width)]
+        columns = list(zip_longest(*references))
         metric = sacrebleu.metrics.BLEU(lowercase=lowercase, tokenize=tokenize)
         score = metric.corpus_score(predictions, columns, n_bootstrap=bootstrap or 1)
         result = {

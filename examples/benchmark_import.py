@@ -1,0 +1,61 @@
+"""What importing the package costs beside Transformers, each import in processes of its own, in turns.
+
+    python examples/benchmark_import.py --output examples/results/benchmark_import
+
+`import transformers` defers nearly everything; the second row is what any model of Transformers loads, a Llama.
+"""
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from statistics import median
+
+from report import environment, write_report
+from tqdm import tqdm
+from transformers import HfArgumentParser
+
+
+IMPORTS = {
+    "transformers": "import transformers",
+    "a model of Transformers": "from transformers import LlamaForCausalLM",
+    "the same and modeling_insnext": "from transformers import LlamaForCausalLM; import modeling_insnext",
+    "modeling_insnext": "import modeling_insnext",
+}
+TIMED = "import time; started = time.perf_counter(); {}; print(time.perf_counter() - started)"
+
+
+@dataclass
+class ImportArguments:
+    output: str = field(default="examples/results/benchmark_import", metadata={"help": "Writes .json and .md."})
+    repeats: int = field(default=15, metadata={"help": "Processes of each kind, after one that warms the disk."})
+
+
+def seconds(statement: str) -> float:
+    done = subprocess.run([sys.executable, "-c", TIMED.format(statement)], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def main():
+    (args,) = HfArgumentParser(ImportArguments).parse_args_into_dataclasses()
+    times = {name: [] for name in IMPORTS}
+    for turn in tqdm(range(args.repeats + 1), desc="turns", disable=None):
+        for name, statement in IMPORTS.items():
+            spent = seconds(statement)
+            if turn:
+                times[name].append(spent)
+    lines = ["| imported | median, s | least | most |", "|---|---|---|---|"]
+    lines += [f"| {name} | {median(row):.2f} | {min(row):.2f} | {max(row):.2f} |" for name, row in times.items()]
+    model, both = (times[name] for name in list(IMPORTS)[1:3])
+    added = median(second - first for first, second in zip(model, both, strict=True))
+    lines += ["", f"Added to a model of Transformers, median of {args.repeats} pairs: {added:.2f} s."]
+    report = {
+        "command": "python examples/benchmark_import.py",
+        "environment": environment(repeats=args.repeats),
+        "seconds": times,
+        "added": added,
+    }
+    write_report(args.output, report, "\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
