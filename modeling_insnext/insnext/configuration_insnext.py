@@ -16,6 +16,7 @@ CODE_VERSION = "0.1.0"
 POSITION_ENCODINGS = ("alibi", "sinusoidal")
 NORMS = ("rmsnorm", "deepnorm", "layernorm", "post_layernorm")
 POST_NORMS = ("deepnorm", "post_layernorm")
+POOLINGS = ("mean", "last")
 
 PRESETS = {
     "base": {
@@ -64,6 +65,8 @@ class InsNextConfig(PreTrainedConfig):
         initializer_range: Standard deviation of the normal initialisation.
         rms_norm_eps: Epsilon of every norm.
         tie_word_embeddings: Whether the token head reuses the input embedding.
+        classifier_pooling: What the heads for sequence classification and multiple choice read: `"mean"`, the mean
+            over the text's states, or `"last"`, the state of its last token; each has read the whole text.
         code_version: Version of the code that saved the checkpoint; `save_pretrained` of a model writes it.
 
     Raises:
@@ -101,6 +104,7 @@ class InsNextConfig(PreTrainedConfig):
     eos_token_id: int | None = 2
     tie_word_embeddings: bool = True
     use_cache: bool = True
+    classifier_pooling: str = "mean"
     code_version: str | None = None
 
     def __post_init__(self, **kwargs):
@@ -138,6 +142,8 @@ class InsNextConfig(PreTrainedConfig):
             raise ValueError(f"position_encoding must be one of {POSITION_ENCODINGS}, got {self.position_encoding!r}")
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {NORMS}, got {self.norm!r}")
+        if self.classifier_pooling not in POOLINGS:
+            raise ValueError(f"classifier_pooling must be one of {POOLINGS}, got {self.classifier_pooling!r}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         for name in ("alibi_slope_ratio", "position_logit_cap"):

@@ -391,10 +391,13 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
                 raise ValueError(f"{rule}, got label {int(target[wrong][0])} at {where}; set it to -100")
 
 
-def _state(hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Return the state of an encoded text, `[B, D]`: its last token's."""
+def _pooled(hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """Return the state of an encoded text, `[B, D]`: the mean over its tokens, or its last token's."""
     if attention_mask is None:
-        return hidden_BTD[:, -1]
+        attention_mask = hidden_BTD.new_ones(hidden_BTD.shape[:2])
+    if pooling == "mean":
+        weights_BT1 = attention_mask[..., None].to(hidden_BTD.dtype)
+        return (hidden_BTD * weights_BT1).sum(1) / weights_BT1.sum(1).clamp_min(1)
     T = hidden_BTD.shape[1]
     last_B = (attention_mask.long() * torch.arange(1, T + 1, device=attention_mask.device)).argmax(1)
     return hidden_BTD[torch.arange(len(last_B), device=last_B.device), last_B]
@@ -416,7 +419,7 @@ class InsNextForSequenceClassification(InsNextPreTrainedModel):
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs):
         """Return logits `[B, num_labels]`; with labels `[B]` the loss that `config.problem_type` names."""
         outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.score(_state(outputs.last_hidden_state, attention_mask))
+        logits = self.score(_pooled(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
@@ -485,7 +488,8 @@ class InsNextForMultipleChoice(InsNextPreTrainedModel):
             None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, inputs_embeds)
         )
         outputs = self.model(flat_ids, flat_mask, inputs_embeds=flat_embeds, **kwargs)
-        logits = self.score(_state(outputs.last_hidden_state, flat_mask)).view(-1, choices)
+        state = _pooled(outputs.last_hidden_state, flat_mask, self.config.classifier_pooling)
+        logits = self.score(state).view(-1, choices)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)
 

@@ -220,6 +220,7 @@ CONFIGS = [
     ({"num_key_value_heads": 0}, "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 0"),
     ({"position_encoding": "rope"}, r"position_encoding must be one of \('alibi', 'sinusoidal'\), got 'rope'"),
     ({"norm": "layer"}, r"norm must be one of \('rmsnorm', 'deepnorm', .*\), got 'layer'"),
+    ({"classifier_pooling": "cls"}, r"classifier_pooling must be one of \('mean', 'last'\), got 'cls'"),
     ({"hidden_act": "swish5"}, "hidden_act must be one of .* got 'swish5'"),
     ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
     ({"alibi_slope_ratio": 0.0}, "alibi_slope_ratio must be positive, got 0.0"),

@@ -97,11 +97,15 @@ def test_multiple_choice_is_a_softmax_over_the_choices():
     assert (swapped - output.logits[:, [1, 0, 2]]).abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("position_encoding", ["alibi", "sinusoidal"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"position_encoding": "sinusoidal"}, {"classifier_pooling": "last"}],
+    ids=["", "sinusoidal", "last"],
+)
 @pytest.mark.parametrize("model_class", CLASSES)
 @pytest.mark.parametrize(("left", "right"), [(3, 0), (0, 3), (2, 4)])
-def test_padding_does_not_change_the_logits(model_class, left, right, position_encoding):
-    model = double(model_class, position_encoding=position_encoding)
+def test_padding_does_not_change_the_logits(model_class, left, right, options):
+    model = double(model_class, **options)
     ids, mask = padded(TEXT, left, right)
     exact = text_logits(model, TEXT)
     assert (text_logits(model, ids, mask, left, TEXT.shape[1]) - exact).abs().max() < 1e-10
@@ -131,9 +135,20 @@ def test_every_token_reads_the_tokens_on_its_right(index):
     assert (causal[0] - causal[1]).abs()[0, : index + 1].max() == 0
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_a_class_is_read_off_the_mean_or_the_last_state(pooling):
+    model = double(InsNextForSequenceClassification, classifier_pooling=pooling)
+    hidden = model.model(TEXT).last_hidden_state
+    state = {"mean": hidden.mean(1), "last": hidden[:, -1]}[pooling]
+    assert (model(TEXT).logits - model.score(state)).abs().max() < 1e-12
+    ids, mask = padded(TEXT, 2, 3)
+    assert (model(ids, mask).logits - model.score(state)).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
 @pytest.mark.parametrize("model_class", [InsNextForSequenceClassification, InsNextForMultipleChoice])
-def test_the_class_of_a_text_depends_on_every_token(model_class):
-    model = double(model_class)
+def test_the_class_of_a_text_depends_on_every_token(model_class, pooling):
+    model = double(model_class, classifier_pooling=pooling)
     exact = text_logits(model, TEXT)
     for index in range(TEXT.shape[1]):
         changed = TEXT.clone()
