@@ -46,10 +46,12 @@ class TableArguments:
 
 def methods(checkpoint: str) -> dict[str, list[str]]:
     fresh = ["--config_name", checkpoint, "--tokenizer_name", checkpoint]
+    pretrained = ["--model_name_or_path", checkpoint]
+    lora = ["--adapter", "lora", "--lora_target_modules", "all-linear", "--lora_r", "16", "--lora_alpha", "32"]
     return {
-        "whole": ["--model_name_or_path", checkpoint, "--learning_rate", "3e-4"],
-        "LoRA": ["--model_name_or_path", checkpoint, "--learning_rate", "3e-3", "--adapter", "lora"],
-        "untrained": [*fresh, "--learning_rate", "3e-4"],
+        "whole": [*pretrained, "--learning_rate", "1e-3"],
+        "LoRA": [*pretrained, *lora, "--learning_rate", "3e-3"],
+        "untrained": [*fresh, "--learning_rate", "1e-3"],
     }
 
 

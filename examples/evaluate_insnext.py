@@ -94,12 +94,14 @@ def summary(losses: np.ndarray) -> dict:
     }
 
 
-def write_texts(model, tokenizer, rows: list[dict], batch_size: int, **options) -> tuple[list[str], float]:
-    """Return a text around the concepts of each row, and the tokens encoded per token written."""
+def write_texts(
+    model, tokenizer, rows: list[dict], batch_size: int, ordered: bool = True, **options
+) -> tuple[list[str], float]:
+    """Return a text around the concepts of each row, ordered so or not, and tokens encoded per token written."""
     texts, encoded, written = [], 0, 0
     for first in tqdm(range(0, len(rows), batch_size), desc=str(options), disable=None):
         concepts = [row["concepts"] for row in rows[first : first + batch_size]]
-        canvas = model.canvas(tokenizer, keywords=concepts).to(model.device)
+        canvas = model.canvas(tokenizer, keywords=concepts, ordered=ordered).to(model.device)
         out = model.generate(**canvas, max_new_tokens=40, return_dict_in_generate=True, **options)
         texts += tokenizer.batch_decode(out.sequences, skip_special_tokens=True)
         encoded += int(out.encoded_tokens.sum())

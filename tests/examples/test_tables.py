@@ -1,0 +1,68 @@
+"""The scripts that make the tables of the README: on tiny data, interrupted runs are not run again."""
+
+import gzip
+import json
+
+import classification_table
+import commongen_table
+import pytest
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """Folder with the files that both tables read, a dozen rows each."""
+    folder = tmp_path_factory.mktemp("data")
+    sentences = [{"sentence": f"the {'good' if i % 2 else 'bad'} film {i}", "label": i % 2} for i in range(12)]
+    concepts = [{"concepts": ["dog", "park"], "references": ["A dog runs in the park.", "The dog is in a park."]}]
+    concepts += [{"concepts": ["boy", "ball"], "references": ["A boy throws a ball."]}]
+    files = {f"nlu/{name}": sentences for pair in classification_table.TASKS.values() for name in pair}
+    files |= {"commongen/train.jsonl.gz": concepts * 6, "commongen/dev.jsonl": concepts}
+    for name, rows in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        with gzip.open(path, "wt") if name.endswith(".gz") else open(path, "w") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_table_of_classifiers_is_written_and_goes_on(data_dir, tmp_path, monkeypatch):
+    args = ["--data_dir", str(data_dir), "--output", str(tmp_path / "table"), "--runs", str(tmp_path / "runs")]
+    args += ["--max_steps", "2", "--batch_size", "4", "--seeds", "0", "1"]
+    report = classification_table.main(args)
+    assert {task: set(rows) for task, rows in report["results"].items()} == {
+        task: set(classification_table.methods("")) for task in classification_table.TASKS
+    }
+    assert report["majority"]["CoLA"]["accuracy"] == 0.5
+    lines = (tmp_path / "table.md").read_text().split("\n")
+    assert len([line for line in lines if line.startswith(("| SST-2 |", "| CoLA |"))]) == 8
+
+    monkeypatch.setattr(classification_table.run_classification, "main", lambda args: pytest.fail("ran again"))
+    assert classification_table.main(args)["results"] == report["results"]
+
+
+def test_the_table_of_commongen_is_written_and_goes_on(data_dir, tmp_path, monkeypatch):
+    args = ["--data_dir", str(data_dir), "--output", str(tmp_path / "table"), "--runs", str(tmp_path / "runs")]
+    args += ["--max_steps", "2"]
+    report = commongen_table.main(args)
+    rows = {(row["model"], row["order"], row["mode"]): row for row in report["results"]}
+    assert len(rows) == 18 and all(row["coverage"] == 1 for row in rows.values())
+    assert all(("p_model" in row) == (model == "LoRA") for (model, _, _), row in rows.items())
+    assert all(("p_mode" in row) == (mode != "EBR off") for (_, _, mode), row in rows.items())
+    anew = rows["LoRA", "one place a step", "re-encoded at every step"]
+    assert anew["encoded_per_written"] > rows["LoRA", "one place a step", "EBR off"]["encoded_per_written"]
+
+    monkeypatch.setattr(commongen_table.run_finetuning, "main", lambda args: pytest.fail("trained again"))
+    assert commongen_table.main(args)["results"] == report["results"]
+
+
+def test_a_difference_by_chance_is_told_from_one_that_is_none():
+    rows = [{"references": ["a dog runs in the park", "the dog is there"]}, {"references": ["a cat sleeps"]}] * 20
+    good, bad = ["a dog runs in the park", "a cat sleeps"] * 20, ["dog runs", "cat on a mat"] * 20
+    assert commongen_table.p_value(good, bad, rows) < 0.01
+    assert commongen_table.p_value(good, good, rows) == 1.0
+    mixed = good[:38] + bad[38:]
+    assert commongen_table.p_value(mixed, good, rows) > 0.01
+
+
+def test_the_interval_of_seeds_is_student_s():
+    assert classification_table.spread([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"
