@@ -15,7 +15,9 @@ def data_dir(tmp_path_factory):
     sentences = [{"sentence": f"the {'good' if i % 2 else 'bad'} film {i}", "label": i % 2} for i in range(12)]
     concepts = [{"concepts": ["dog", "park"], "references": ["A dog runs in the park.", "The dog is in a park."]}]
     concepts += [{"concepts": ["boy", "ball"], "references": ["A boy throws a ball."]}]
-    files = {f"nlu/{name}": sentences for pair in classification_table.TASKS.values() for name in pair}
+    files = {
+        f"nlu/{name}": sentences for task in classification_table.TASKS.values() for name in (task.train, task.valid)
+    }
     files |= {"commongen/train.jsonl.gz": concepts * 6, "commongen/dev.jsonl": concepts}
     for name, rows in files.items():
         path = folder / name
@@ -30,7 +32,7 @@ def test_the_table_of_classifiers_is_written_and_goes_on(data_dir, tmp_path, mon
     args += ["--max_steps", "2", "--batch_size", "4", "--seeds", "0", "1"]
     report = classification_table.main(args)
     assert {task: set(rows) for task, rows in report["results"].items()} == {
-        task: set(classification_table.methods("")) for task in classification_table.TASKS
+        name: {"whole", "LoRA", "untrained"} for name in classification_table.TASKS
     }
     assert report["majority"]["CoLA"]["accuracy"] == 0.5
     lines = (tmp_path / "table.md").read_text().split("\n")
