@@ -3,8 +3,8 @@
     python examples/classification_table.py --data_dir DATA --output examples/results/classification
 
 SST-2 and CoLA, DATA/nlu/ as `run_classification.py` reads them. Beside the pre-trained model: the same configuration
-from random weights, trained as the whole model is, and the majority class of the held-out data. Runs that ended are not
-run again: interrupted, the same command goes on.
+from random weights, trained as the whole model is, and the majority class of the held-out data. Runs that ended are
+not run again: interrupted, the same command goes on.
 """
 
 import json
