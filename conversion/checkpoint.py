@@ -3,20 +3,25 @@
 Only safetensors and `torch.load(weights_only=True)`: reading a checkpoint runs none of its code.
 """
 
-import json
 import os
-import pickle
-import secrets
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 import modeling_insnext
+
+from .folders import appearing, read_fields, refusing, save_tokenizer
 
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -24,6 +29,7 @@ INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 # what may stand around the tensors in a pickled file
 WRAPPERS = ("state_dict", "model")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def named(names: Iterable[str], limit: int = 5) -> str:
@@ -55,7 +61,9 @@ def read_tensors(source: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    promised = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    promised = read_fields(index).get("weight_map")
+    if not isinstance(promised, dict) or not all(isinstance(shard, str) for shard in promised.values()):
+        raise ValueError(f"{index} must map tensors to files in its weight_map, got {str(promised)[:80]}")
     tensors, places = {}, {}
     for shard in sorted(set(promised.values())):
         if Path(shard).name != shard or not (index.parent / shard).is_file():
@@ -77,27 +85,63 @@ def _read_file(file: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{file} must be a whole safetensors file: {error}") from error
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} must hold tensors and nothing that runs: {str(error).splitlines()[0]}") from error
+    except OSError:
+        raise
+    except Exception:
+        # garbage raises errors of every kind; of a pickle that runs code, PyTorch says how to run it all the same
+        raise ValueError(f"{file} must be a whole file of tensors and nothing that runs") from None
     for key in WRAPPERS:
         if isinstance(tensors, dict) and isinstance(tensors.get(key), dict):
             tensors = tensors[key]
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in tensors.items()
+    ):
         raise ValueError(f"{file} must hold tensors by name, got something else")
     return dict(tensors)
 
 
+def not_plain(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Return what the tensors are that hold something else than one of `DTYPES` at each place, by name."""
+    return {
+        name: f"{name} ({tensor.dtype}, {tensor.layout}, {tensor.device})"
+        for name, tensor in tensors.items()
+        if tensor.dtype not in DTYPES or tensor.layout is not torch.strided or tensor.is_meta
+    }
+
+
 def not_finite(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Return the names of tensors with an infinite entry or one that is no number."""
-    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+
+
+def check_values(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Check what tensors hold, before anything is made of them.
+
+    Raises:
+        ValueError: If one is none of `DTYPES`, or not finite, or they are not all of one; the message has the names.
+    """
+    if wrong := not_plain(tensors):
+        kinds = ", ".join(map(str, DTYPES))
+        raise ValueError(f"tensors must be dense and of {kinds}, got {len(wrong)} others: {named(wrong.values())}")
+    if wrong := not_finite(tensors):
+        raise ValueError(f"tensors must be finite, got {len(wrong)} that are not: {named(wrong)}")
+    kinds = {}
+    for name, tensor in tensors.items():
+        kinds.setdefault(tensor.dtype, []).append(name)
+    if len(kinds) > 1:
+        rarest = sorted(kinds.items(), key=lambda kind: len(kind[1]))
+        listed = "; ".join(f"{len(names)} {dtype}: {named(names)}" for dtype, names in rarest)
+        raise ValueError(f"tensors must be of one dtype, got {listed}")
 
 
 def check_tensors(found: Mapping[str, torch.Tensor], expected_shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check names, shapes and values.
 
     Raises:
-        ValueError: If a tensor is missing, extra, mis-shaped or not finite; all of them are counted, the first named.
+        ValueError: If a tensor is missing, extra, mis-shaped, none of `DTYPES` or not finite; all of them are counted,
+            the first named.
     """
+    strange = not_plain(found)
     faults = {
         "missing": set(expected_shapes) - set(found),
         "extra": set(found) - set(expected_shapes),
@@ -106,7 +150,8 @@ def check_tensors(found: Mapping[str, torch.Tensor], expected_shapes: Mapping[st
             for name, shape in expected_shapes.items()
             if name in found and tuple(found[name].shape) != tuple(shape)
         },
-        "not finite": not_finite(found),
+        "not dense floating point": strange.values(),
+        "not finite": not_finite({name: tensor for name, tensor in found.items() if name not in strange}),
     }
     if any(faults.values()):
         listed = "; ".join(f"{len(names)} {kind}: {named(names)}" for kind, names in faults.items() if names)
@@ -118,8 +163,9 @@ def model_class(config: PreTrainedConfig):
     that writes text."""
     for name in config.architectures or ():
         for module in (modeling_insnext, transformers):
-            if hasattr(module, name):
-                return getattr(module, name)
+            found = getattr(module, str(name), None)
+            if isinstance(found, type) and issubclass(found, PreTrainedModel):
+                return found
     return AutoModelForCausalLM._model_mapping[type(config)]
 
 
@@ -140,11 +186,27 @@ def read_config(folder: str | os.PathLike) -> PreTrainedConfig:
     """Return a folder's configuration, by a class of this package or of Transformers.
 
     Raises:
-        ValueError: If there is none, or no class for it.
+        ValueError: If there is none, no class for it, or one that its class refuses.
     """
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} must be a folder with a config.json, got none")
-    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with refusing(f"{folder}/config.json must be a configuration of Transformers"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def read_generation_config(folder: str | os.PathLike) -> GenerationConfig | None:
+    """Return a folder's options of generation, but for the kind of cache, which is each architecture's own.
+
+    Raises:
+        ValueError: If they are none that Transformers reads.
+    """
+    if not (Path(folder) / "generation_config.json").is_file():
+        return None
+    with refusing(f"{folder}/generation_config.json must be a configuration of Transformers"):
+        found = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    if found.cache_implementation is not None:
+        found.cache_implementation = None
+    return found
 
 
 def check_folder(folder: str | os.PathLike) -> PreTrainedConfig:
@@ -163,34 +225,28 @@ def write_checkpoint(
     config: PreTrainedConfig,
     tensors: Mapping[str, torch.Tensor],
     copy_from: str | os.PathLike | None = None,
+    generation_config: GenerationConfig | None = None,
 ) -> None:
-    """Write a folder that `from_pretrained` loads; under another name first, so that it is whole or not there.
+    """Write a folder that `from_pretrained` loads, whole or not at all.
 
     Args:
         folder: New folder.
         config: Configuration of the model.
         tensors: Every tensor of it, under the names of :func:`expected_shapes`.
         copy_from: Folder whose tokenizer is taken along, if it has one.
+        generation_config: Options of generation in the place of those that follow from the configuration.
 
     Raises:
         ValueError: If the folder holds something, or the tensors are not those of the model.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} must be a new or an empty folder, got one that holds something")
     check_tensors(tensors, expected_shapes(config))
     model = skeleton(config)
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.part")
-    try:
-        model.save_pretrained(temporary)
+    model.generation_config = generation_config or model.generation_config
+    with appearing(folder) as made:
+        model.save_pretrained(made)
         if copy_from is not None and any((Path(copy_from) / name).is_file() for name in TOKENIZER_FILES):
-            AutoTokenizer.from_pretrained(copy_from, local_files_only=True).save_pretrained(temporary)
-        check_folder(temporary)
-        if folder.exists():
-            folder.rmdir()
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            options = {"local_files_only": True, "trust_remote_code": False}
+            save_tokenizer(AutoTokenizer.from_pretrained(copy_from, **options), made)
+        check_folder(made)

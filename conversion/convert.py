@@ -4,15 +4,26 @@ import argparse
 import os
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from modeling_insnext import DrtConfig, InsNextConfig
 
-from .checkpoint import expected_shapes, named, read_config, read_tensors, skeleton, write_checkpoint
-from .tables import Table, apply_back, apply_table, sources_of
+from .checkpoint import (
+    check_values,
+    expected_shapes,
+    named,
+    read_config,
+    read_generation_config,
+    read_tensors,
+    skeleton,
+    write_checkpoint,
+)
+from .folders import new_folder, refusing
+from .tables import Table, apply_back, apply_table, origins, sources_of, unique
 
 
 CONFIGS = {"insnext": InsNextConfig, "drt": DrtConfig}
@@ -46,6 +57,9 @@ FORM = (
     "tie_word_embeddings",
 )
 
+# ids that a source may not name
+TOKEN_OPTIONS = ("pad_token_id", "bos_token_id", "eos_token_id")
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -60,7 +74,8 @@ class Family(NamedTuple):
         fields: Maps a source's configuration and the target to the fields of ours; refuses what ours cannot express.
         without: By target, source patterns with a rule that are left out there, and why is said beside it.
         new: Maps configuration and target to patterns of the tensors that are new.
-        prepare: Maps tensors and configuration to the tensors under the names of the table.
+        rename: Maps a source's name of a tensor and its configuration to the name in the table.
+        prepare: Maps tensors under the names of the table and the configuration to those that the rules are for.
         read: Reads the configuration from the folder.
         weights: Maps the folder to what :func:`checkpoint.read_tensors` reads.
         backward: Maps our configuration and a model type to the source's configuration; `None`: no way back.
@@ -73,6 +88,7 @@ class Family(NamedTuple):
     fields: Callable[[PreTrainedConfig, str], dict]
     without: dict[str, tuple[str, ...]] = {}
     new: Callable[[PreTrainedConfig, str], tuple[str, ...]] = lambda config, target: NEW[target]
+    rename: Callable[[str, PreTrainedConfig], str] = lambda name, config: name
     prepare: Callable[[dict, PreTrainedConfig], dict] = lambda tensors, config: tensors
     read: Callable[[str], PreTrainedConfig] = read_config
     weights: Callable[[str], str] = str
@@ -119,6 +135,41 @@ def new_tensors(config: PreTrainedConfig, names: list[str], seed: int, dtype: to
     return {name: torch.zeros_like(x) if fnmatchcase(name, SILENT) else x for name, x in made.items()}
 
 
+def check_ids(holder, vocab_size: int, place: str = "the configuration") -> None:
+    """Raise a `ValueError` unless the special tokens that an object names are in the vocabulary."""
+    for name in TOKEN_OPTIONS:
+        ids = getattr(holder, name, None)
+        for token in ids if isinstance(ids, (list, tuple)) else [ids]:
+            if token is not None and not 0 <= token < vocab_size:
+                raise ValueError(f"{name} must be in [0, {vocab_size}), got {token} in {place}: --{name} replaces it")
+
+
+def our_config(family: Family, source_config, target: str, options: dict) -> PreTrainedConfig:
+    """Return the configuration of ours that a source's becomes.
+
+    Raises:
+        ValueError: If the target is none of the family's, or the configuration cannot be expressed.
+    """
+    if target not in family.targets:
+        raise ValueError(f"{family.name} becomes one of {family.targets}, got {target!r}")
+    with refusing(f"the configuration must be one of {family.name}"):
+        fields = {**family.fields(source_config, target), **options}
+        check_ids(SimpleNamespace(**fields), fields["vocab_size"])
+        if "retrieval_groups" in options and "num_lower_layers" not in options:
+            layers = source_config.num_hidden_layers
+            fields["num_lower_layers"] = layers - sum(fields["retrieval_groups"])
+            if fields["num_lower_layers"] < 0:
+                raise ValueError(
+                    f"retrieval_groups must add up to at most the source's {layers} layers, "
+                    f"got {fields['retrieval_groups']}"
+                )
+        if family.backward and options.get("landmark_source") == "token":
+            raise ValueError("landmark_source must be mean or cls, got token: the source reads no landmarks in texts")
+        config = CONFIGS[target](**fields)
+    config.architectures = ["DrtForCausalLM" if target == "drt" else "InsNextForInsertionLM"]
+    return config
+
+
 def convert_tensors(
     family: Family, source: dict[str, torch.Tensor], source_config, target: str, seed: int = 0, **options
 ) -> Converted:
@@ -130,32 +181,35 @@ def convert_tensors(
         source_config: Its configuration.
         target: `"insnext"` or `"drt"`.
         seed: Of the tensors that are new.
-        **options: Fields of our configuration in the place of what the source's says.
+        **options: Fields of our configuration in the place of what the source's says; `retrieval_groups` without
+            `num_lower_layers` leaves the other layers to the lower ones.
 
     Raises:
         ValueError: If the target is none of the family's, the configuration cannot be expressed, or a tensor has no
-            rule, is missing, mis-shaped or not finite.
+            rule, is missing, mis-shaped, not finite or of another dtype than the rest, or two have one name.
     """
-    if target not in family.targets:
-        raise ValueError(f"{family.name} becomes one of {family.targets}, got {target!r}")
-    config = CONFIGS[target](**{**family.fields(source_config, target), **options})
-    config.architectures = ["DrtForCausalLM" if target == "drt" else "InsNextForInsertionLM"]
-    table, prepared = family.table_for(target), family.prepare(source, source_config)
-    made = apply_table(table, prepared)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be in [0, 2**63), got {seed}")
+    config = our_config(family, source_config, target, options)
+    table = family.table_for(target)
+    names = unique((family.rename(name, source_config), name) for name in source)
+    origin = origins(table, names)
+    check_values({name: source[name] for name in dict.fromkeys(origin.values())})
+    made = apply_table(table, family.prepare({name: source[old] for name, old in names.items()}, source_config))
     head = made.pop(HEAD, None) if config.tie_word_embeddings else None
     shapes = expected_shapes(config)
     patterns = family.new(source_config, target)
     new = [name for name in shapes if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    _check_sources(table, made, {name: shape for name, shape in shapes.items() if name not in new})
+    origin = {**sources_of(table, [*made, *shapes]), **origin}
+    _check_sources(origin, made, {name: shape for name, shape in shapes.items() if name not in new})
     if head is not None and not torch.equal(head, made[EMBEDDING]):
         raise ValueError("a tied head must be the embedding (tie_word_embeddings=True), got another one")
     config.dtype = made[EMBEDDING].dtype
     return Converted(config, {**made, **new_tensors(config, new, seed, config.dtype)}, new)
 
 
-def _check_sources(table: Table, made: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
-    """Check what was made against what must be, in the source's names."""
-    origin = sources_of(table, [*made, *shapes])
+def _check_sources(origin: dict[str, str], made: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Check what was made against what must be, in the source's names; what is missing has its name in the table."""
     missing = {origin.get(name, name) for name in shapes if name not in made}
     extra = {origin[name] for name in made if name not in shapes}
     wrong = {
@@ -178,8 +232,10 @@ def convert_back(family: Family, tensors: dict[str, torch.Tensor], config: DrtCo
     """
     if family.backward is None or config.model_type != "drt":
         raise ValueError(f"only DRT goes back to {family.name}, got model_type={config.model_type!r}")
-    source_config = family.backward(config, model_type)
-    twin = DrtConfig(**{**family.fields(source_config, "drt"), "chunk_size": 1})
+    with refusing(f"the configuration must be one of {family.name}"):
+        source_config = family.backward(config, model_type)
+        plain = {"num_lower_layers": config.num_hidden_layers, "retrieval_groups": []}
+        twin = DrtConfig(**{**family.fields(source_config, "drt"), **plain})
     for name in FORM:
         ours, theirs = getattr(config, name), getattr(twin, name)
         if ours != theirs:
@@ -191,6 +247,7 @@ def convert_back(family: Family, tensors: dict[str, torch.Tensor], config: DrtCo
         )
     dropped = [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in NEW["drt"])]
     kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
+    check_values(kept)
     source = apply_back(family.table, kept)
     source_config.dtype = kept[EMBEDDING].dtype
     return Converted(source_config, source, dropped)
@@ -214,37 +271,57 @@ def convert_folder(family: Family, source: str, destination: str, target: str, *
     Raises:
         ValueError: See :func:`convert_tensors`; nothing is written then.
     """
-    if target in family.model_types:
-        config = read_config(source)
+    new_folder(destination)
+    going_back = target in family.model_types
+    config = (read_config if going_back else family.read)(source)
+    if going_back:
         converted = convert_back(family, read_tensors(source), config, target)
         shapes = expected_shapes(converted.config)
         prefix = skeleton(converted.config).base_model_prefix + "."
         converted = converted._replace(tensors=with_prefix(converted.tensors, shapes, prefix))
     else:
-        config = family.read(source)
         check_family(family, config, source)
         converted = convert_tensors(family, read_tensors(family.weights(source)), config, target, **options)
-    write_checkpoint(destination, converted.config, converted.tensors, copy_from=source)
+    # writing by insertion has other options
+    generation = None if target == "insnext" else carried_generation(source, converted.config, options)
+    write_checkpoint(destination, converted.config, converted.tensors, source, generation)
     return converted
 
 
+def carried_generation(source: str, config: PreTrainedConfig, options: dict) -> GenerationConfig | None:
+    """Return a source's options of generation, if it has any, with the special tokens that were given.
+
+    Raises:
+        ValueError: If a special token is not in the vocabulary.
+    """
+    generation = read_generation_config(source)
+    for name in TOKEN_OPTIONS:
+        if generation is not None and name in options:
+            setattr(generation, name, options[name])
+    with refusing("generation_config.json must name special tokens by their numbers"):
+        check_ids(generation, config.vocab_size, "generation_config.json")
+    return generation
+
+
 def _groups(text: str) -> list[int]:
-    return [int(number) for number in text.split(",") if number]
+    try:
+        return [int(number) for number in text.split(",") if number]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers between commas, got {text!r}") from None
 
 
 # fields of DrtConfig that a source says nothing about
 DRT_OPTIONS = {
-    "retrieval_groups": (_groups, "numbers of upper layers that share a retrieval, as 3,3 (default: the upper half)"),
+    "retrieval_groups": (
+        _groups,
+        "upper layers that share a retrieval, as 3,3, or none: '' (default: the upper half)",
+    ),
     "chunk_size": (int, "tokens a chunk"),
     "num_retrieved_chunks": (int, "chunks a retrieval returns"),
     "sliding_window": (int, "tokens that self-attention sees (default: what the source sees)"),
     "landmark_source": (str, "what stands for a chunk: mean or cls"),
     "num_encoder_layers": (int, "layers of the chunk encoder"),
 }
-
-
-# ids that a source may not name
-TOKEN_OPTIONS = ("pad_token_id", "bos_token_id", "eos_token_id")
 
 
 def parser_of(family: Family, module: str, description: str) -> argparse.ArgumentParser:
@@ -274,8 +351,8 @@ def main(family: Family, module: str, description: str, argv: list[str] | None =
     source, destination, target = (options.pop(name) for name in ("source", "destination", "to"))
     if target != "drt" and (misplaced := set(options) & set(DRT_OPTIONS)):
         parser.error(f"{named(misplaced)} need --to drt, got --to {target}")
-    if target in family.model_types:
-        options = {}
+    if target in family.model_types and (misplaced := set(options) & set(TOKEN_OPTIONS)):
+        parser.error(f"{named(misplaced)} need --to {' or '.join(family.targets)}, got --to {target}")
     try:
         converted = convert_folder(family, source, destination, target, **options)
     except (ValueError, OSError) as error:

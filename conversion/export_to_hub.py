@@ -10,7 +10,6 @@ likewise.
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -21,10 +20,9 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import modeling_insnext
-
-from .checkpoint import check_folder, check_tensors, read_config, read_tensors
-from .model_card import CardFacts, model_card, read_results
+from .checkpoint import check_folder, check_tensors, model_class, read_config, read_tensors
+from .folders import appearing, new_folder, read_fields, refusing, save_tokenizer, write_fields
+from .model_card import TAGS, CardFacts, check_name, model_card, read_results
 from .verification import VerificationError, verify
 
 
@@ -53,10 +51,15 @@ def read_model(source: Path):
     Raises:
         ValueError: If the folder holds another architecture, or its tensors are not those of the model.
     """
-    model_class = getattr(modeling_insnext, (check_folder(source).architectures or ["none"])[0], None)
-    if model_class is None:
-        raise ValueError(f"{source} must hold a model of this package, got {read_config(source).architectures}")
-    return model_class.from_pretrained(source, dtype="auto").eval(), model_class._auto_class
+    config = read_config(source)
+    loader = model_class(config) if config.model_type in TAGS else None
+    if loader is None or loader._auto_class is None:
+        raise ValueError(
+            f"{source} must hold a model of this package, got model_type={config.model_type!r} "
+            f"(architectures={config.architectures})"
+        )
+    check_folder(source)
+    return loader.from_pretrained(source, dtype="auto").eval(), loader._auto_class
 
 
 def load_base(adapter: PeftConfig):
@@ -70,7 +73,8 @@ def read_adapter(source: Path):
     Raises:
         ValueError: If the adapter is for another task, or its tensors are not those of its configuration.
     """
-    config = PeftConfig.from_pretrained(source)
+    with refusing(f"{source}/adapter_config.json must be a configuration of PEFT"):
+        config = PeftConfig.from_pretrained(source)
     if config.task_type != "CAUSAL_LM":
         raise ValueError(
             f'an adapter must have task_type="CAUSAL_LM", got {config.task_type!r}: merge it, then export the model'
@@ -90,41 +94,46 @@ def read(source: str | Path, tokenizer: str | None = None, include: list[str] = 
         include: Names of further files beside it.
 
     Raises:
-        ValueError: If a file is missing, tensors are not those of the model, or ids of the tokenizer lie outside its
-            vocabulary.
+        ValueError: If a file is missing or elsewhere, tensors are not those of the model, or ids of the tokenizer lie
+            outside its vocabulary.
     """
     source = Path(source)
+    if elsewhere := [name for name in include if Path(name).name != name]:
+        raise ValueError(f"further files must stand beside the model and be named without folders, got {elsewhere}")
     missing = [name for name in include if not (source / name).is_file()]
     if missing or not source.is_dir():
         raise ValueError(f"{source} must be a folder that holds {', '.join(include) or 'a model'}, missing: {missing}")
     is_adapter = (source / "adapter_config.json").exists()
     model, auto_class = (read_adapter if is_adapter else read_model)(source)
-    tokens = AutoTokenizer.from_pretrained(tokenizer or source)
+    tokens = AutoTokenizer.from_pretrained(tokenizer or source, trust_remote_code=False)
     if len(tokens) > model.config.vocab_size:
         raise ValueError(f"the model has {model.config.vocab_size} ids, fewer than its tokenizer's {len(tokens)}")
     return Exported(model, tokens, auto_class, is_adapter, [source / name for name in include])
 
 
 def write(exported: Exported, folder: Path, facts: CardFacts) -> None:
-    """Write code, weights, tokenizer, generation config, card and further files into an empty folder."""
-    model = exported.model
-    card = model_card(
-        facts,
-        model.config.model_type,
-        exported.auto_class,
-        exported.is_adapter,
-        sum(p.numel() for name, p in model.named_parameters() if not exported.is_adapter or "lora_" in name),
-    )
+    """Write code, weights, tokenizer, generation config, card and further files into an empty folder.
+
+    Raises:
+        ValueError: If a further file has the name of one of the others.
+    """
+    model, adapter = exported.model, None
+    weights = dict(model.named_parameters())
+    if exported.is_adapter:
+        adapter, weights = model.peft_config["default"].peft_type.lower(), get_peft_model_state_dict(model)
+    parameters = sum(weight.numel() for weight in weights.values())
+    card = model_card(facts, model.config.model_type, exported.auto_class, adapter, parameters)
     model.save_pretrained(folder)
     if exported.is_adapter:
         # the folder it was trained on is on this machine only
         path = folder / "adapter_config.json"
-        fields = {**json.loads(path.read_text()), "base_model_name_or_path": facts.base_model}
-        path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-    exported.tokenizer.save_pretrained(folder)
+        write_fields(path, {**read_fields(path), "base_model_name_or_path": facts.base_model})
+    save_tokenizer(exported.tokenizer, folder)
+    card.save(folder / "README.md")
+    if taken := [path.name for path in exported.extra if (folder / path.name).exists()]:
+        raise ValueError(f"further files must have other names than what is written, got {', '.join(taken)}")
     for path in exported.extra:
         shutil.copy2(path, folder / path.name)
-    card.save(folder / "README.md")
 
 
 def verify_folder(exported: Exported, folder: Path) -> None:
@@ -146,22 +155,17 @@ def export(exported: Exported, target: str | Path, facts: CardFacts) -> Path:
         facts: For the card.
 
     Raises:
-        ValueError: If the folder is not empty, or the card lacks a fact.
+        ValueError: If the folder is not empty, or an adapter has not one base model on the Hub.
         VerificationError: If the clean process finds something else. Nothing is written then.
     """
-    target = Path(target)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"the target must not exist or be an empty folder, got {target}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as folder:
-        made = Path(folder, target.name)
-        made.mkdir()
+    if exported.is_adapter and not isinstance(facts.base_model, str):
+        raise ValueError(
+            f"an adapter needs the name of its base model on the Hub, got {facts.base_model}: give --base_model"
+        )
+    with appearing(target) as made:
         write(exported, made, facts)
         verify_folder(exported, made)
-        if target.exists():
-            target.rmdir()
-        made.replace(target)
-    return target
+    return Path(target)
 
 
 def push(exported: Exported, folder: str | Path, facts: CardFacts, private: bool = False) -> str:
@@ -182,7 +186,7 @@ def push(exported: Exported, folder: str | Path, facts: CardFacts, private: bool
     return commit.commit_url
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m conversion.export_to_hub", description=__doc__.split("\n")[0])
     parser.add_argument("source", help="Folder of a model or of a PEFT adapter.")
     parser.add_argument("target", help="Folder to make.")
@@ -201,13 +205,21 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--include", nargs="*", default=[], help="Further files of the source.")
     parser.add_argument("--push", metavar="OWNER/NAME", help="Push there, then verify what arrived.")
     parser.add_argument("--private", action="store_true", help="Make the repository private if it is new.")
-    return parser.parse_args(arguments)
+    return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    args = parse_arguments(arguments)
-    facts = CardFacts(
-        name=args.push or Path(args.target).name,
+def card_facts(args: argparse.Namespace) -> CardFacts:
+    """Return what the command line says of a model.
+
+    Raises:
+        ValueError: See :class:`CardFacts`; or if there can be no repository of that name.
+    """
+    if args.push is not None:
+        check_name("--push", args.push)
+        if "/" not in args.push:
+            raise ValueError(f"--push must be OWNER/NAME, got {args.push}")
+    return CardFacts(
+        name=args.push or f"OWNER/{new_folder(args.target).name}",
         license=args.license,
         datasets=args.datasets,
         language=args.language,
@@ -216,6 +228,12 @@ def main(arguments: list[str] | None = None) -> None:
         results=read_results(args.results) if args.results else [],
         text=Path(args.card).read_text(encoding="utf-8") if args.card else None,
     )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export what the command line names, and say what was written."""
+    new_folder(args.target)
+    facts = card_facts(args)
     exported = read(args.source, args.tokenizer, args.include)
     folder = export(exported, args.target, facts)
     print(f"{folder}: loads by itself, same logits, tokens and ids")
@@ -223,6 +241,16 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{path.stat().st_size:>14,}  {path.name}")
     if args.push:
         print(f"pushed and verified: {push(exported, folder, facts, args.private)}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a refusal ends it with the message and status 2, and nothing is written."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        run(args)
+    except (ValueError, OSError, VerificationError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -87,9 +87,9 @@ def fields(config, target: str) -> dict:
     return {**common, "position_encoding": "learned", **retrieving(config.n_layer, config.n_positions)}
 
 
-def prepare(tensors: dict, config) -> dict:
-    """Give the tensors of a model with its head the names they have without it."""
-    return {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+def rename(name: str, config) -> str:
+    """Return the name that a tensor of a model with its head has without it."""
+    return name.removeprefix("transformer.")
 
 
 def backward(config, model_type: str) -> GPT2Config:
@@ -115,7 +115,7 @@ def backward(config, model_type: str) -> GPT2Config:
 
 
 FAMILY = Family(
-    "GPT-2", ("gpt2",), ("drt", "insnext"), TABLE, fields, without=WITHOUT, prepare=prepare, backward=backward
+    "GPT-2", ("gpt2",), ("drt", "insnext"), TABLE, fields, without=WITHOUT, rename=rename, backward=backward
 )
 
 

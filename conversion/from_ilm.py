@@ -14,13 +14,13 @@ precedes, also new if the source has none (`final_layer_without_normalization`).
 the states behind the last layer of a text that sees all of itself are equal.
 """
 
-import json
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
 from .checkpoint import named
 from .convert import NEW, Family, main
+from .folders import read_fields, refusing
 from .tables import split
 
 
@@ -77,10 +77,11 @@ def read(folder) -> IlmConfig:
         ValueError: If it is none of a rotary ILM's.
     """
     path = Path(folder) / "config.json"
-    given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    given = read_fields(path)
     if missing := {"num_embeddings", "d_model", "num_layers", "nhead"} - set(given):
         raise ValueError(f"{path} must hold the arguments of an ILM, got none with {named(missing)}")
-    return IlmConfig(**given)
+    with refusing(f"{path} must hold the arguments of an ILM"):
+        return IlmConfig(**given)
 
 
 def fields(config, target: str) -> dict:
@@ -115,14 +116,9 @@ def new(config, target: str) -> tuple[str, ...]:
     return (*NEW[target], "model.norm.*") if config.final_layer_without_normalization else NEW[target]
 
 
-def prepare(tensors: dict, config) -> dict:
-    """Strip what trainers and compilers put in front of names."""
-    found = {}
-    for name, tensor in tensors.items():
-        for prefix in ("model.", "_orig_mod."):
-            name = name.removeprefix(prefix)
-        found[name] = tensor
-    return found
+def rename(name: str, config) -> str:
+    """Strip what trainers and compilers put in front of a name."""
+    return name.removeprefix("model.").removeprefix("_orig_mod.")
 
 
 def weights(folder) -> str:
@@ -138,7 +134,7 @@ def weights(folder) -> str:
 
 
 FAMILY = Family(
-    "ILM", (IlmConfig.model_type,), ("insnext",), TABLE, fields, new=new, prepare=prepare, read=read, weights=weights
+    "ILM", (IlmConfig.model_type,), ("insnext",), TABLE, fields, new=new, rename=rename, read=read, weights=weights
 )
 
 

@@ -13,6 +13,8 @@ positions give way to the offsets of insertion, the slot head is new. With both 
 states of text read left to right are equal.
 """
 
+import dataclasses
+
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from .convert import Family, main
@@ -65,16 +67,23 @@ SAME = (
 )
 
 
+def declared(config, name: str):
+    """Return a field, or `None` if the type has none of this name and so ignores what stands there."""
+    return getattr(config, name) if name in {field.name for field in dataclasses.fields(config)} else None
+
+
 def reach(config) -> int | None:
     """Return how many tokens every layer sees, itself included; `None`: all.
 
     Raises:
-        ValueError: If layers differ.
+        ValueError: If layers differ, or see a window of no size.
     """
-    kinds = set(getattr(config, "layer_types", None) or ())
+    kinds, window = set(declared(config, "layer_types") or ()), declared(config, "sliding_window")
     if len(kinds) > 1:
         raise ValueError(f"all layers must see equally far, got layer_types with {sorted(kinds)}")
-    return None if kinds == {"full_attention"} else getattr(config, "sliding_window", None)
+    if kinds == {"sliding_attention"} and window is None:
+        raise ValueError("layers of sliding_attention need a sliding_window, got none")
+    return None if kinds == {"full_attention"} else window
 
 
 def fields(config, target: str) -> dict:
@@ -85,7 +94,7 @@ def fields(config, target: str) -> dict:
     """
     same = {name: getattr(config, name) for name in SAME}
     qwen2 = config.model_type == "qwen2"
-    bias = qwen2 or bool(getattr(config, "attention_bias", False))
+    bias = qwen2 or bool(declared(config, "attention_bias"))
     eos = config.eos_token_id
     common = {
         **same,
@@ -93,7 +102,7 @@ def fields(config, target: str) -> dict:
         "attention_bias": bias,
         "attention_output_bias": bias and not qwen2,
         "qk_norm": config.model_type == "qwen3",
-        "mlp_bias": bool(getattr(config, "mlp_bias", False)),
+        "mlp_bias": bool(declared(config, "mlp_bias")),
     }
     if target == "insnext":
         # an insertion model has one STOP, and any of several ends of text names it
@@ -108,10 +117,9 @@ def fields(config, target: str) -> dict:
     }
 
 
-def prepare(tensors: dict, config) -> dict:
-    """Give the tensors of a model without its head the names they have with it."""
-    known = ("model.", "lm_head.")
-    return {name if name.startswith(known) else f"model.{name}": tensor for name, tensor in tensors.items()}
+def rename(name: str, config) -> str:
+    """Return the name that a tensor of a model without its head has with it."""
+    return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
 def backward(config, model_type: str):
@@ -121,15 +129,18 @@ def backward(config, model_type: str):
         same["attention_bias"] = config.attention_bias
     if model_type == "llama":
         same["mlp_bias"] = config.mlp_bias
-    if model_type == "mistral":
-        length = config.max_position_embeddings
-        same["sliding_window"] = None if (config.sliding_window or length) >= length else config.sliding_window
+    window = config.sliding_window
+    windowed = window is not None and window < config.max_position_embeddings
+    if model_type != "llama":
+        same["sliding_window"] = window if windowed else None
+    if model_type in ("qwen2", "qwen3") and windowed:
+        same |= {"use_sliding_window": True, "max_window_layers": 0}
     source = CONFIGS[model_type](**same, num_hidden_layers=config.num_hidden_layers)
     source.architectures = [f"{type(source).__name__.removesuffix('Config')}ForCausalLM"]
     return source
 
 
-FAMILY = Family("Llama", tuple(CONFIGS), ("drt", "insnext"), TABLE, fields, prepare=prepare, backward=backward)
+FAMILY = Family("Llama", tuple(CONFIGS), ("drt", "insnext"), TABLE, fields, rename=rename, backward=backward)
 
 
 if __name__ == "__main__":

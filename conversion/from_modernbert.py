@@ -77,12 +77,12 @@ def fields(config, target: str) -> dict:
     }
 
 
-def prepare(tensors: dict, config) -> dict:
-    """Give the tensors of a model with a head the names they have without it."""
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+def rename(name: str, config) -> str:
+    """Return the name that a tensor of a model with a head has without it."""
+    return name.removeprefix("model.")
 
 
-FAMILY = Family("ModernBERT", ("modernbert",), ("insnext",), TABLE, fields, prepare=prepare)
+FAMILY = Family("ModernBERT", ("modernbert",), ("insnext",), TABLE, fields, rename=rename)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ alike and so no probability. The head of the masked language model (a layer, a n
 predicts from slots. Dropout of embeddings and residuals has no counterpart; that of attention is kept.
 """
 
+from .checkpoint import check_values
 from .convert import Family, main
 
 
@@ -57,11 +58,14 @@ def fields(config, target: str) -> dict:
     """Return the fields of InsNextConfig.
 
     Raises:
-        ValueError: If it is a decoder, has more token types than one, or a head that is not the embedding.
+        ValueError: If it is a decoder, has more token types than one, a head that is not the embedding, or no
+            padding.
     """
     for name, value in (("is_decoder", False), ("type_vocab_size", 1), ("tie_word_embeddings", True)):
         if getattr(config, name, value) != value:
             raise ValueError(f"{name} must be {value}, got {getattr(config, name)}")
+    if config.pad_token_id is None:
+        raise ValueError("pad_token_id must be an id, behind which RoBERTa's positions are counted, got None")
     return {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -86,24 +90,28 @@ def fields(config, target: str) -> dict:
     }
 
 
+def rename(name: str, config) -> str:
+    """Return the name that a tensor of a model with a head has without it."""
+    return name.removeprefix("roberta.")
+
+
 def prepare(tensors: dict, config) -> dict:
-    """Give the tensors of a model with a head the names they have without it, and add the token type to the words.
+    """Add the token type to the words; words that are no words of the configuration are left to be refused.
 
     Raises:
-        ValueError: If one of the two is missing or mis-shaped.
+        ValueError: If the token type is missing, mis-shaped, of another dtype than the words or not finite.
     """
-    tensors = {name.removeprefix("roberta."): tensor for name, tensor in tensors.items()}
     words, kind = "embeddings.word_embeddings.weight", "embeddings.token_type_embeddings.weight"
-    for name in (words, kind):
-        if name not in tensors:
-            raise ValueError(f"the source's tensors must be those of its configuration, got 1 missing: {name}")
-    if tensors[kind].shape != (1, tensors[words].shape[-1]):
-        shapes = f"{words} {list(tensors[words].shape)} with {kind} {list(tensors[kind].shape)}"
-        raise ValueError(f"the source's tensors must be those of its configuration, got mis-shaped: {shapes}")
+    if kind not in tensors or tensors[kind].shape != (1, config.hidden_size):
+        got = f"mis-shaped ({list(tensors[kind].shape)})" if kind in tensors else "missing"
+        raise ValueError(f"the source's tensors must be those of its configuration, got {kind} {got}")
+    if words not in tensors or tensors[words].shape[-1:] != (config.hidden_size,):
+        return tensors
+    check_values({name: tensors[name] for name in (words, kind)})
     return {**tensors, words: tensors[words] + tensors[kind][0]}
 
 
-FAMILY = Family("RoBERTa", ("roberta",), ("insnext",), TABLE, fields, prepare=prepare)
+FAMILY = Family("RoBERTa", ("roberta",), ("insnext",), TABLE, fields, rename=rename, prepare=prepare)
 
 
 if __name__ == "__main__":

@@ -13,24 +13,25 @@ Refused: state dicts of before the normed queries (with `lmk_q_proj` or `positio
 their own, and of its successor (`backbone.`).
 """
 
-import json
 import re
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedConfig
 
-from .checkpoint import named
+from .checkpoint import check_values, named
 from .convert import Family, main
+from .folders import read_fields, refusing
 
 
 PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 WEIGHTS = ("model.bin", "model_best.bin")
+LANDMARK = "model.landmark"
 
 TABLE = {
     "model.embed_tokens.weight": "model.embed_tokens.weight",
     # `prepare` makes it of the landmark's row of the table above
-    "model.landmark": "model.landmark",
+    LANDMARK: LANDMARK,
     # lower and upper layers, which `prepare` counts through
     **{
         f"model.layers.{{}}.{name}.weight": f"model.layers.{{}}.{name}.weight"
@@ -87,11 +88,15 @@ def read(folder) -> UpstreamConfig:
         ValueError: If it is none of the public code's.
     """
     path = Path(folder) / "config.json"
-    given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    given = read_fields(path)
     needed = {"enc_chunk_size", "chunk_topk", "slide_window", "decoder_layers", "encoder_layers", "chunk_id"}
     if missing := needed - set(given):
         raise ValueError(f"{path} must be a configuration of the public DRT code, got none with {named(missing)}")
-    return UpstreamConfig(**given)
+    layers = given["decoder_layers"]
+    if not isinstance(layers, list) or not layers or not all(isinstance(number, int) for number in layers):
+        raise ValueError(f"{path} must hold numbers of layers in decoder_layers, got {layers!r}")
+    with refusing(f"{path} must be a configuration of the public DRT code"):
+        return UpstreamConfig(**given)
 
 
 def slot_of(chunk_size: int) -> str:
@@ -135,34 +140,45 @@ def fields(config, target: str) -> dict:
     }
 
 
-def prepare(tensors: dict, config) -> dict:
-    """Count the layers through, take the landmark's embedding out and check the slopes.
+def rename(name: str, config) -> str:
+    """Count the layers through.
 
     Raises:
-        ValueError: If the state dict is of another version of the code, or its slopes are not ALiBi's.
+        ValueError: If the tensor is of another version of the code, or of a layer that is not configured.
     """
-    if old := [name for name in tensors if any(part in name for part in OUTDATED)]:
-        raise ValueError(f"the state dict must be of the code since 98cda5d (May 2025), got {named(old)}")
+    if any(part in name for part in OUTDATED):
+        raise ValueError(f"the state dict must be of the code since 98cda5d (May 2025), got {name}")
     lower, *groups = config.decoder_layers
-    begins = [lower + sum(groups[:group]) for group in range(len(groups))]
 
     def counted(match: re.Match) -> str:
         group, layer = int(match[1]), int(match[2])
         if group >= len(groups) or layer >= groups[group]:
-            raise ValueError(f"upper layers must be those of decoder_layers={config.decoder_layers}, got {match[0]}")
-        return f"model.layers.{begins[group] + layer}."
+            raise ValueError(f"upper layers must be those of decoder_layers={config.decoder_layers}, got {name}")
+        return f"model.layers.{lower + sum(groups[:group]) + layer}."
 
-    found, slopes = {}, 2.0 ** (-8 * torch.arange(1, config.num_attention_heads + 1) / config.num_attention_heads)
+    plain = name.removeprefix("module.").replace("model.lower_layers.", "model.layers.")
+    return re.sub(r"^model\.upper_layers\.(\d+)\.(\d+)\.", counted, plain)
+
+
+def prepare(tensors: dict, config) -> dict:
+    """Take the landmark's embedding out of the table and check the slopes.
+
+    Raises:
+        ValueError: If the slopes are not ALiBi's, or there is no such row or already a landmark.
+    """
+    slopes = 2.0 ** (-8 * torch.arange(1, config.num_attention_heads + 1) / config.num_attention_heads)
     for name, tensor in tensors.items():
-        name = name.removeprefix("module.").replace("model.lower_layers.", "model.layers.")
-        name = re.sub(r"^model\.upper_layers\.(\d+)\.(\d+)\.", counted, name)
-        if name.endswith("self_attn.m") and not torch.allclose(tensor.flatten().abs().float(), slopes):
-            raise ValueError(f"{name} must be ALiBi's slopes, got others")
-        found[name] = tensor
-    table = found.get("model.embed_tokens.weight")
-    if table is not None and not 0 <= config.chunk_id < len(table):
-        raise ValueError(f"chunk_id must be a row of the embedding [0, {len(table)}), got {config.chunk_id}")
-    return found if table is None else {**found, "model.landmark": table[config.chunk_id].clone()}
+        if name.endswith("self_attn.m"):
+            check_values({name: tensor})
+            given = tensor.flatten().abs().float()
+            if given.shape != slopes.shape or not torch.allclose(given, slopes):
+                raise ValueError(f"{name} must be ALiBi's slopes, got others")
+    if LANDMARK in tensors:
+        raise ValueError(f"{LANDMARK} must be a row of the embedding, got a tensor of its own")
+    table, row = tensors.get("model.embed_tokens.weight"), config.chunk_id
+    if table is not None and (not isinstance(row, int) or not 0 <= row < len(table)):
+        raise ValueError(f"chunk_id must be a row of the embedding [0, {len(table)}), got {row!r}")
+    return tensors if table is None else {**tensors, LANDMARK: table[row].clone()}
 
 
 def weights(folder) -> str:
@@ -185,6 +201,7 @@ FAMILY = Family(
     TABLE,
     fields,
     new=lambda config, target: (),
+    rename=rename,
     prepare=prepare,
     read=read,
     weights=weights,

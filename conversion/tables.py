@@ -9,12 +9,12 @@ A table maps patterns of source names, in which `{}` stands for a layer's number
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 
-from .checkpoint import named, not_finite
+from .checkpoint import named
 
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
@@ -55,27 +55,54 @@ def rule_of(entry: str | Rule) -> Rule:
 
 def numbered(name: str) -> tuple[str, list[str]]:
     """Return a name's pattern and its first number: layers.3.mlp.0.bias is layers.{}.mlp.0.bias, 3."""
-    return NUMBER.sub("{}", name, count=1), NUMBER.findall(name)[:1]
+    escaped = name.replace("{", "{{").replace("}", "}}")
+    return NUMBER.sub("{}", escaped, count=1), NUMBER.findall(name)[:1]
+
+
+def unique(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Return new names with the old name of each.
+
+    Raises:
+        ValueError: If two old names become one new one.
+    """
+    found = {}
+    for new, old in pairs:
+        if new in found:
+            raise ValueError(f"source tensors must become different ones, got {found[new]} and {old}, both {new}")
+        found[new] = old
+    return found
+
+
+def origins(table: Table, names: Mapping[str, str]) -> dict[str, str]:
+    """Return what each target tensor is made of.
+
+    Args:
+        table: Rules for all of them.
+        names: Names of the table with the name of each in the source.
+
+    Raises:
+        ValueError: If a tensor has no rule, or two become one; the message has the names in the source.
+    """
+    unknown = [old for name, old in names.items() if numbered(name)[0] not in table]
+    if unknown:
+        raise ValueError(f"every source tensor needs a rule, got {len(unknown)} without: {named(unknown)}")
+    pairs = []
+    for name, old in names.items():
+        pattern, numbers = numbered(name)
+        targets = rule_of(table[pattern]).targets if table[pattern] is not None else ()
+        pairs += [(target.format(*numbers), old) for target in targets]
+    return unique(pairs)
 
 
 def apply_table(table: Table, source: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the target's tensors that the source's make.
-
-    Raises:
-        ValueError: If a source tensor has no rule or is not finite; the message has the names.
-    """
-    unknown = [name for name in source if numbered(name)[0] not in table]
-    if unknown:
-        raise ValueError(f"every source tensor needs a rule, got {len(unknown)} without: {named(unknown)}")
-    used = {name: tensor for name, tensor in source.items() if table[numbered(name)[0]] is not None}
-    if wrong := not_finite(used):
-        raise ValueError(f"source tensors must be finite, got {len(wrong)} that are not: {named(wrong)}")
+    """Return the target's tensors that the source's make, each of which has a rule."""
     made = {}
-    for name, tensor in used.items():
+    for name, tensor in source.items():
         pattern, numbers = numbered(name)
-        rule = rule_of(table[pattern])
-        for target, part in zip(rule.targets, rule.there(tensor), strict=True):
-            made[target.format(*numbers)] = part
+        if table[pattern] is not None:
+            rule = rule_of(table[pattern])
+            for target, part in zip(rule.targets, rule.there(tensor), strict=True):
+                made[target.format(*numbers)] = part
     return made
 
 

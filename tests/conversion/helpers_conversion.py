@@ -31,6 +31,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 16}
+WINDOW = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0}
 DECODERS = {
     "llama": LlamaConfig(**SMALL),
     "llama_tied": LlamaConfig(**SMALL, tie_word_embeddings=True),
@@ -39,6 +40,8 @@ DECODERS = {
     "yarn": LlamaConfig(**SMALL, rope_parameters=YARN, head_dim=16),
     "qwen2": Qwen2Config(**SMALL, tie_word_embeddings=True, bos_token_id=1, eos_token_id=[2, 3]),
     "qwen3": Qwen3Config(**SMALL, head_dim=12, rope_parameters={"rope_type": "default", "rope_theta": 77.0}),
+    "qwen2_window": Qwen2Config(**SMALL, **WINDOW, bos_token_id=1, eos_token_id=2),
+    "qwen3_window": Qwen3Config(**SMALL, **WINDOW, head_dim=10, attention_bias=True),
     "mistral": MistralConfig(**SMALL, sliding_window=9),
     "gpt2": GPT2Config(
         vocab_size=50, n_positions=64, n_embd=32, n_layer=4, n_head=4, bos_token_id=1, eos_token_id=2, attn_pdrop=0.0

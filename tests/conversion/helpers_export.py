@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from tiny_tokenizers import byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -54,12 +54,13 @@ def save_model(architecture: str, folder: Path, model_class=None, **changes) -> 
     return folder
 
 
-def save_adapter(architecture: str, folder: Path) -> Path:
+def save_adapter(architecture: str, folder: Path, config: PeftConfig | None = None) -> Path:
     """Save a base model and, beside it, an adapter that changes what it says; return the adapter's folder."""
     save_model(architecture, folder / "base")
     model = tiny_model(architecture)
     model.name_or_path = str(folder / "base")
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False))
+    config = config or LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False)
+    adapted = get_peft_model(model, config)
     adapted.save_pretrained(folder / "adapter")
     tiny_tokenizer().save_pretrained(folder / "adapter")
     return folder / "adapter"

@@ -1,5 +1,6 @@
 """`python -m conversion.from_...`: folders in, folders out, refusals on the last line and nothing written."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ import torch
 from helpers_conversion import random_ids, source_model
 from test_layers_in_insnext import encoder
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from conversion import convert, from_gpt2, from_llama, from_modernbert, from_roberta
 from conversion.checkpoint import check_folder, read_tensors
+from conversion.folders import OF_THE_SOURCE
 
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +35,19 @@ def call(module, *arguments):
     return 0
 
 
+def change(path, **fields):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+GENERATION = {"eos_token_id": [2, 40], "pad_token_id": 0, "do_sample": True, "temperature": 0.6, "top_p": 0.9}
+
+
+def stands_by_itself(folder):
+    """Whether the tokenizer of a folder needs no code and says nothing of where it came from."""
+    said = json.loads((folder / "tokenizer_config.json").read_text())
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=True) and not set(said) & set(OF_THE_SOURCE)
+
+
 @pytest.fixture
 def llama(tmp_path):
     source_model("llama").save_pretrained(tmp_path / "src")
@@ -40,6 +55,8 @@ def llama(tmp_path):
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(tmp_path / "src")
+    change(tmp_path / "src" / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "absent.Tokenizer"]})
+    GenerationConfig(**GENERATION, cache_implementation="static").save_pretrained(tmp_path / "src")
     return tmp_path / "src"
 
 
@@ -52,6 +69,7 @@ def test_llama_to_drt_and_back_from_the_shell(llama, tmp_path):
     assert {"modeling_drt.py", "positions_drt.py", "tokenizer.json"} <= {p.name for p in (tmp_path / "drt").iterdir()}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "drt")
     assert tokenizer("w7").input_ids == AutoTokenizer.from_pretrained(llama)("w7").input_ids == [7]
+    assert stands_by_itself(tmp_path / "drt")
     done = run("from_llama", tmp_path / "drt", tmp_path / "back", "--to", "llama")
     assert done.returncode == 0, done.stderr
     assert "left out: model.encoder.norm.weight" in done.stdout
@@ -59,6 +77,9 @@ def test_llama_to_drt_and_back_from_the_shell(llama, tmp_path):
     assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
     back, source = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "back", llama))
     assert torch.equal(back(random_ids(1, 9)).logits, source(random_ids(1, 9)).logits)
+    for found in (model.generation_config, back.generation_config):
+        assert {name: getattr(found, name) for name in GENERATION} == GENERATION
+        assert found.cache_implementation is None
 
 
 def test_help_says_what_becomes_of_what():
@@ -106,12 +127,61 @@ def test_gpt2_goes_to_drt_and_back(tmp_path):
         (from_llama, ["--to", "drt", *SMALL, "--landmark_source", "last"], "landmark_source must be one of"),
         (from_llama, ["--to", "insnext", "--chunk_size", "5"], "chunk_size need --to drt, got --to insnext"),
         (from_llama, ["--to", "insnext", "--bos_token_id", "99"], "bos_token_id must be in [0, 50), got 99"),
+        (from_llama, ["--to", "drt", *SMALL, "--eos_token_id", "-1"], "--eos_token_id replaces it"),
+        (
+            from_llama,
+            ["--to", "llama", "--eos_token_id", "3"],
+            "eos_token_id need --to drt or insnext, got",
+        ),
+        (from_llama, ["--to", "drt", *SMALL, "--landmark_source", "token"], "must be mean or cls, got token"),
+        (
+            from_llama,
+            ["--to", "drt", *SMALL, "--retrieval_groups", "3,2"],
+            "the source's 4 layers, got [3, 2]",
+        ),
+        (from_llama, ["--to", "drt", *SMALL, "--retrieval_groups", "x"], "must be numbers between commas, got 'x'"),
+        (from_llama, ["--to", "drt", *SMALL, "--seed", str(2**70)], f"seed must be in [0, 2**63), got {2**70}"),
     ],
 )
 def test_a_refusal_names_the_rule_and_writes_nothing(module, options, message, llama, tmp_path, capsys):
     assert call(module, llama, tmp_path / "dst", *options) == 2
     assert message in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["src"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rope_parameters": {"rope_type": "linear"}}, 'KeyError: "Missing required keys'),
+        ({"num_attention_heads": 0, "head_dim": None}, "ZeroDivisionError"),
+        ({"num_attention_heads": "4"}, "'num_attention_heads' expected int, got str"),
+        ({"hidden_size": 30}, "The hidden size (30) is not a multiple"),
+    ],
+)
+def test_a_configuration_that_transformers_refuses_is_refused(fields, message, llama, tmp_path, capsys):
+    change(llama / "config.json", **fields)
+    assert call(from_llama, llama, tmp_path / "dst", "--to", "drt", *SMALL) == 2
+    refusal = capsys.readouterr().err
+    assert "config.json must be a configuration of Transformers, got " in refusal and message in refusal
+    assert not (tmp_path / "dst").exists()
+
+
+def test_special_tokens_that_are_given_replace_those_of_both_files(llama, tmp_path, capsys):
+    for name, place in (("config.json", "the configuration"), ("generation_config.json", "generation_config.json")):
+        change(llama / name, pad_token_id=-1)
+        assert call(from_llama, llama, tmp_path / "dst", "--to", "drt", *SMALL) == 2
+        message = f"pad_token_id must be in [0, 50), got -1 in {place}: --pad_token_id replaces it"
+        assert message in capsys.readouterr().err
+        change(llama / name, pad_token_id=0)
+    assert call(from_llama, llama, tmp_path / "dst", "--to", "drt", *SMALL, "--pad_token_id", "3") == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    assert model.config.pad_token_id == model.generation_config.pad_token_id == 3
+
+
+def test_insnext_has_options_of_generation_of_its_own(llama, tmp_path):
+    assert call(from_llama, llama, tmp_path / "dst", "--to", "insnext") == 0
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "dst").generation_config
+    assert found.eos_token_id == 2 and not found.do_sample and stands_by_itself(tmp_path / "dst")
 
 
 def test_a_damaged_source_is_refused_before_anything_is_written(llama, tmp_path, capsys):

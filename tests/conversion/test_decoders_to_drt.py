@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers_conversion import CHUNKS, DECODERS, exact, random_ids, source_model, worst
+from helpers_conversion import CHUNKS, DECODERS, SMALL, exact, random_ids, shaken, source_model, worst
+from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from conversion.checkpoint import expected_shapes
 from conversion.convert import convert_back, convert_tensors, with_prefix
@@ -119,9 +120,45 @@ def test_what_is_no_model_of_the_family_has_no_way_back():
     drt = convert_tensors(LLAMA, source.state_dict(), source.config, "drt", **CHUNKS)
     with pytest.raises(ValueError, match="sees 64 tokens, got a DRT with sliding_window=9"):
         convert_back(LLAMA, drt.tensors, drt.config, "llama")
-    drt.tensors["model.landmark"] = torch.zeros(32)
+    drt.tensors["model.landmark"] = torch.zeros(32).double()
     with pytest.raises(ValueError, match="needs a way back|1 without: model.landmark"):
         convert_back(LLAMA, drt.tensors, drt.config, "mistral")
+
+
+STRAY = {
+    "llama": {"sliding_window": 9, "layer_types": ["sliding_attention"] * 4},
+    "mistral": {"attention_bias": True, "mlp_bias": True},
+    "qwen2": {"attention_bias": False, "mlp_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", STRAY)
+def test_a_field_that_the_type_ignores_is_ignored(name):
+    config = type(DECODERS[name])(**{**DECODERS[name].to_dict(), **STRAY[name]})
+    source, ids = exact(shaken(AutoModelForCausalLM.from_config(config))), random_ids(2, 40)
+    assert {getattr(config, field) for field in STRAY[name] if field != "layer_types"} <= {9, True, False}
+    assert worst(logits_of(as_drt(source, name), ids), logits_of(source, ids)) < CLOSE
+
+
+def test_layers_of_a_window_without_a_size_are_refused():
+    config = Qwen2Config(**SMALL, layer_types=["sliding_attention"] * 4)
+    with pytest.raises(ValueError, match="layers of sliding_attention need a sliding_window, got none"):
+        convert_tensors(LLAMA, {}, config, "drt")
+
+
+@pytest.mark.parametrize("groups", [[], [1], [1, 2], [2, 1, 1]])
+def test_layers_outside_of_the_groups_are_lower_ones(groups):
+    source, ids = exact(source_model("mistral")), random_ids(2, 40)
+    drt = as_drt(source, "mistral", retrieval_groups=groups)
+    assert (drt.config.num_lower_layers, drt.config.retrieval_groups) == (4 - sum(groups), groups)
+    assert worst(logits_of(drt, ids), logits_of(source, ids)) < CLOSE
+
+
+def test_the_plain_window_model_goes_back_whatever_its_window():
+    source = shaken(AutoModelForCausalLM.from_config(MistralConfig(**SMALL, sliding_window=1)))
+    there = convert_tensors(LLAMA, source.state_dict(), source.config, "drt", retrieval_groups=[])
+    back = convert_back(LLAMA, there.tensors, there.config, "mistral")
+    assert there.new == back.new == [] and back.config.sliding_window == 1
 
 
 def test_new_tensors_depend_on_the_seed_alone():

@@ -125,6 +125,29 @@ def test_the_token_type_moves_all_logits_alike():
     assert worst((ours.lm_head(state)).softmax(-1), (state @ words.T).softmax(-1)) < CLOSE
 
 
+KIND = "roberta.embeddings.token_type_embeddings.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(KIND), "got embeddings.token_type_embeddings.weight missing"),
+        (
+            lambda tensors: tensors.update({KIND: torch.ones(2, 32)}),
+            r"mis-shaped \(\[2, 32\]",
+        ),
+        (lambda tensors: tensors.update({KIND: torch.ones(1, 32)}), "of one dtype, .*token_type_embeddings.weight"),
+        (lambda tensors: tensors[KIND].fill_(torch.inf), "finite, .*token_type_embeddings.weight"),
+    ],
+    ids=["missing", "shape", "dtype", "value"],
+)
+def test_a_wrong_token_type_is_refused_by_name(change, message):
+    tensors = dict(encoder("roberta").state_dict())
+    change(tensors)
+    with pytest.raises(ValueError, match=message):
+        convert_tensors(ROBERTA, tensors, ENCODERS["roberta"], "insnext")
+
+
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
 def test_what_was_converted_writes_and_trains(name):
     source = source_model(name) if name in DECODERS else encoder(name)
@@ -141,6 +164,7 @@ def test_what_was_converted_writes_and_trains(name):
     [
         ("roberta", {"type_vocab_size": 2}, "type_vocab_size must be 1, got 2"),
         ("roberta", {"is_decoder": True}, "is_decoder must be False, got True"),
+        ("roberta", {"pad_token_id": None}, "pad_token_id must be an id, .* got None"),
         ("modernbert", {"tie_word_embeddings": False}, "tie_word_embeddings must be True, got False"),
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights must be True, got False"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx must be False, got True"),

@@ -112,12 +112,17 @@ def test_the_public_codes_state_dict_is_the_same_model(chunk_size, tmp_path):
         ({"backbone.norm_f.weight": torch.zeros(16)}, "of the code since 98cda5d .* got backbone.norm_f.weight"),
         (
             {"module.model.upper_layers.2.0.self_attn.q_proj.weight": torch.zeros(16, 16)},
-            r"got model.upper_layers.2.0",
+            r"got module.model.upper_layers.2.0",
         ),
         ({"module.model.lower_layers.0.self_attn.m": torch.ones(2)}, "must be ALiBi's slopes"),
-        ({"module.model.extra.weight": torch.ones(2)}, "1 without: model.extra.weight"),
+        ({"module.model.lower_layers.0.self_attn.m": torch.ones(3)}, "must be ALiBi's slopes"),
+        (
+            {"module.model.landmark": torch.ones(16).double()},
+            "a row of the embedding, got a tensor of its own",
+        ),
+        ({"module.model.extra.weight": torch.ones(2)}, "1 without: module.model.extra.weight"),
     ],
-    ids=["older", "successor", "group", "slopes", "extra"],
+    ids=["older", "successor", "group", "slopes", "heads", "landmark", "extra"],
 )
 def test_other_versions_of_the_public_code_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
@@ -129,12 +134,21 @@ def test_other_configurations_of_the_public_code_are_refused(tmp_path):
         ({"enc_chunk_size": 32}, "remainder of 0 or 1 divided by 64, got 32"),
         ({"enable_alibi": False}, "enable_alibi must be True, got False"),
         ({"chunk_id": 50}, r"chunk_id must be a row of the embedding \[0, 50\), got 50"),
+        ({"chunk_id": "49"}, r"chunk_id must be a row of the embedding \[0, 50\), got '49'"),
     ):
         with pytest.raises(ValueError, match=message):
             convert_tensors(UPSTREAM, laid_out(our_drt()), UpstreamConfig(**{**UPSTREAM_CONFIG, **changes}), "drt")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(ValueError, match="must be a configuration of the public DRT code, got none with chunk_id"):
         UPSTREAM.read(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**UPSTREAM_CONFIG, "decoder_layers": 4}))
+    with pytest.raises(ValueError, match="must hold numbers of layers in decoder_layers, got 4"):
+        UPSTREAM.read(tmp_path)
+    for text, message in (("{", "must hold JSON"), ("[]", "must hold an object of JSON, got list")):
+        (tmp_path / "config.json").write_text(text)
+        for family in (UPSTREAM, ILM):
+            with pytest.raises(ValueError, match=message):
+                family.read(tmp_path)
 
 
 ILM_CONFIG = {

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from test_layers_in_insnext import encoder
 from test_other_insertion_and_retrieval import ILM_CONFIG, UPSTREAM_CONFIG, ilm_tensors, laid_out, our_drt
 
-from conversion import checkpoint
+from conversion import checkpoint, convert
 from conversion.checkpoint import check_folder, check_tensors, expected_shapes, read_tensors, write_checkpoint
 from conversion.convert import convert_folder, convert_tensors
 from conversion.from_gpt2 import FAMILY as GPT2
@@ -21,7 +21,7 @@ from conversion.from_modernbert import FAMILY as MODERNBERT
 from conversion.from_roberta import FAMILY as ROBERTA
 from conversion.from_upstream_drt import FAMILY as UPSTREAM
 from conversion.from_upstream_drt import UpstreamConfig
-from conversion.tables import apply_table, numbered
+from conversion.tables import apply_table, numbered, origins
 from modeling_insnext import DrtForCausalLM
 
 
@@ -53,24 +53,15 @@ CASES = [
 every_family = pytest.mark.parametrize("name", CASES)
 
 
-def used(family, tensors, config, target) -> dict[str, str]:
-    """Return one source tensor for every rule that makes something of it, by rule."""
+def used(family, tensors, config, target) -> dict[str, tuple[str, str]]:
+    """Return, for every rule that makes something, one tensor that it is for, by its names in table and source."""
     table, found = family.table_for(target), {}
-    for name in family.prepare(tensors, config):
+    for full in tensors:
+        name = family.rename(full, config)
         pattern = numbered(name)[0]
-        if table[pattern] is not None and name not in ("model.landmark", "lm_head.weight"):
-            found.setdefault(pattern, name)
+        if table[pattern] is not None and name != "lm_head.weight":
+            found.setdefault(pattern, (name, full))
     return found
-
-
-def spelled(name: str, tensors: dict) -> str:
-    """Return the full name of a source tensor whose name `prepare` shortened or counted through."""
-    name = name.replace("model.layers.0.", "model.lower_layers.0.") if "gca" not in name else name
-    name = name.replace("model.layers.1.gca", "model.upper_layers.0.0.gca")
-    ends = [full for full in tensors if full == name or full.endswith(f".{name}")]
-    if not ends:
-        ends = [full for full in tensors if full.endswith(name.replace("lower_", ""))]
-    return ends[0]
 
 
 def small(target):
@@ -82,19 +73,18 @@ def test_a_rule_that_is_missing_is_noticed(name):
     family, tensors, config, target = case(name)
     options = {} if family is UPSTREAM else small(target)
     convert_tensors(family, tensors, config, target, **options)
-    for rule, example in used(family, tensors, config, target).items():
+    for rule, (_, full) in used(family, tensors, config, target).items():
         table = {pattern: entry for pattern, entry in family.table.items() if pattern != rule}
         with pytest.raises(ValueError, match="every source tensor needs a rule, got") as caught:
             convert_tensors(family._replace(table=table), tensors, config, target, **options)
-        assert example in str(caught.value)
+        assert full in str(caught.value)
 
 
 @every_family
 def test_every_source_tensor_must_be_there_in_its_shape_and_finite(name):
     family, tensors, config, target = case(name)
     options = {} if family is UPSTREAM else small(target)
-    for example in used(family, tensors, config, target).values():
-        full = spelled(example, tensors)
+    for name_in_table, full in used(family, tensors, config, target).values():
         tensor = tensors[full]
         broken = tensor.clone()
         broken.view(-1)[-1] = float("nan")
@@ -103,27 +93,79 @@ def test_every_source_tensor_must_be_there_in_its_shape_and_finite(name):
             ("missing", {key: value for key, value in tensors.items() if key != full}),
             ("mis-shaped", {**tensors, full: shorter}),
             ("finite", {**tensors, full: broken}),
+            ("dense", {**tensors, full: tensor.long()}),
+            ("one dtype", {**tensors, full: tensor.bfloat16()}),
         ):
             with pytest.raises(ValueError) as caught:
                 convert_tensors(family, changed, config, target, **options)
             message = str(caught.value)
-            assert kind in message and (example in message or full in message), (full, kind, message)
+            # what is missing has no name in the source
+            assert kind in message and (full in message or kind == "missing" and name_in_table in message), message
 
 
 @every_family
 def test_a_tensor_too_many_is_refused(name):
     family, tensors, config, target = case(name)
     options = {} if family is UPSTREAM else small(target)
-    for extra in ("adapter.weight", "model.layers.0.self_attn.sinks", "h.0.attn.adapter"):
-        with pytest.raises(ValueError, match="1 without: .*(adapter.weight|sinks|attn.adapter)"):
+    literal = sorted(pattern for pattern in family.table if "{}" in pattern)[0]
+    for extra in ("adapter.weight", "model.layers.0.self_attn.sinks", "h.0.attn.adapter", literal):
+        with pytest.raises(ValueError) as caught:
             convert_tensors(family, {**tensors, extra: torch.ones(2)}, config, target, **options)
+        assert f"1 without: {extra}" in str(caught.value)
+
+
+SECOND = {
+    "llama": ("model.norm.weight", "norm.weight"),
+    "gpt2": ("transformer.ln_f.weight", "ln_f.weight"),
+    "roberta": ("roberta.embeddings.LayerNorm.bias", "embeddings.LayerNorm.bias"),
+    "modernbert_biased": ("model.final_norm.weight", "final_norm.weight"),
+    "upstream": ("module.model.norm.weight", "model.norm.weight"),
+    "ilm": ("embed_tokens.weight", "model._orig_mod.embed_tokens.weight"),
+}
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_two_tensors_of_one_name_are_refused(name):
+    family, tensors, config, target = case(name)
+    one, other = SECOND[name]
+    options = {} if family is UPSTREAM else small(target)
+    with pytest.raises(ValueError, match=f"must become different ones, got {one} and {other}, both "):
+        convert_tensors(family, {**tensors, other: tensors[one]}, config, target, **options)
+
+
+def test_two_rules_for_one_target_are_noticed():
+    with pytest.raises(ValueError, match="got a.0.b and c.0.d, both e.0.f"):
+        origins({"a.{}.b": "e.{}.f", "c.{}.d": "e.{}.f"}, {"a.0.b": "a.0.b", "c.0.d": "c.0.d"})
+
+
+STRANGE = {
+    "bool": lambda x: x.bool(),
+    "complex": lambda x: x.to(torch.complex64),
+    "fp8": lambda x: x.to(torch.float8_e4m3fn),
+    "sparse": lambda x: x.to_sparse(),
+    "meta": lambda x: x.to("meta"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("llama", "model.norm.weight"), ("roberta", "roberta.embeddings.token_type_embeddings.weight")],
+)
+def test_a_tensor_of_another_kind_is_refused(kind, name, tensor):
+    family, tensors, config, target = case(name)
+    changed = {**tensors, tensor: STRANGE[kind](tensors[tensor])}
+    with pytest.raises(ValueError, match=f"tensors must be dense and of .* got 1 others: .*{tensor.split('.', 1)[1]}"):
+        convert_tensors(family, changed, config, target, **small(target))
+    with pytest.raises(ValueError, match="1 not dense floating point: a .*torch"):
+        check_tensors({"a": changed[tensor]}, {"a": tuple(tensors[tensor].shape)})
 
 
 def test_a_layer_too_many_and_a_bias_that_is_not_configured_are_refused():
     _, tensors, config, _ = case("llama")
     for extra in ("model.layers.4.input_layernorm.weight", "model.layers.0.self_attn.q_proj.bias"):
         with pytest.raises(ValueError, match=f"got 1 extra: {extra}"):
-            convert_tensors(LLAMA, {**tensors, extra: torch.ones(32)}, config, "drt", **CHUNKS)
+            convert_tensors(LLAMA, {**tensors, extra: tensors["model.norm.weight"]}, config, "drt", **CHUNKS)
 
 
 def test_what_is_left_out_on_purpose_may_be_there():
@@ -227,6 +269,8 @@ def test_shards_are_read_and_must_be_what_their_index_promises(tmp_path):
         ({**promised["weight_map"], "lost": next(iter(promised["weight_map"].values()))}, "they differ in lost"),
         ({**promised["weight_map"], "model.norm.weight": "gone.safetensors"}, "got gone.safetensors, which does not"),
         ({**promised["weight_map"], "model.norm.weight": "../x.safetensors"}, "got ../x.safetensors, which does not"),
+        ({"model.norm.weight": 3}, "must map tensors to files in its weight_map, got {'model.norm.weight': 3}"),
+        (None, "must map tensors to files in its weight_map, got None"),
     ):
         index.write_text(json.dumps({**promised, "weight_map": weight_map}))
         with pytest.raises(ValueError, match=message):
@@ -244,12 +288,19 @@ def test_no_code_of_a_checkpoint_runs(tmp_path, capsys):
     (tmp_path / "bad.bin").write_bytes(pickle.dumps({"a": Trap()}))
     torch.save({"a": Trap()}, tmp_path / "bad2.bin")
     for name in ("bad.bin", "bad2.bin"):
-        with pytest.raises(ValueError, match="must hold tensors and nothing that runs"):
+        with pytest.raises(ValueError, match="must be a whole file of tensors and nothing that runs$") as caught:
             read_tensors(tmp_path / name)
+        # PyTorch says how to run it all the same
+        assert caught.value.__cause__ is None and caught.value.__suppress_context__
     assert "ran" not in capsys.readouterr().out
-    torch.save([1, 2], tmp_path / "list.bin")
-    with pytest.raises(ValueError, match="must hold tensors by name"):
-        read_tensors(tmp_path / "list.bin")
+    for something in ([1, 2], {0: torch.ones(2)}, {"a": None}):
+        torch.save(something, tmp_path / "other.bin")
+        with pytest.raises(ValueError, match="must hold tensors by name"):
+            read_tensors(tmp_path / "other.bin")
+    for garbage in (b"", b"hello world", b"\x80\x02]q\x00(K\x01", b"PK\x03\x04aaaa"):
+        (tmp_path / "garbage.bin").write_bytes(garbage)
+        with pytest.raises(ValueError, match="must be a whole file of tensors"):
+            read_tensors(tmp_path / "garbage.bin")
     save_file({"a": torch.ones(9)}, tmp_path / "cut.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-4])
     with pytest.raises(ValueError, match="must be a whole safetensors file"):
@@ -267,3 +318,31 @@ def test_no_rule_names_a_tensor_that_no_model_has():
     idle = {pattern for pattern, entry in LLAMA.table.items() if entry is not None} - needed
     assert idle == set()
     assert set(apply_table({"a.{}.b": "c.{}.d"}, {"a.3.b": torch.ones(1)})) == {"c.3.d"}
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling"])
+def test_a_link_is_followed_to_where_the_folder_will_be(kind, folder, tmp_path):
+    if kind == "link":
+        (tmp_path / "real").mkdir()
+    (tmp_path / "there").symlink_to(tmp_path / "real")
+    convert_folder(LLAMA, str(tmp_path / "src"), tmp_path / "there", "drt", **CHUNKS)
+    assert (tmp_path / "there").is_symlink() and check_folder(tmp_path / "real").model_type == "drt"
+
+
+def test_places_where_no_folder_can_be_are_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "read_tensors", None)
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for place, message in (
+        (".", "must be another folder than the working directory"),
+        ("", "must be another folder than the working directory"),
+        (tmp_path / "file", "must be a new or an empty folder"),
+        (tmp_path / "file" / "new", f"must be inside a folder, got the file {tmp_path}/file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert_folder(LLAMA, str(tmp_path), place, "drt")
+    with pytest.raises((ValueError, OSError)):
+        convert_folder(LLAMA, str(tmp_path), tmp_path / "loop", "drt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "loop"]
