@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
 from transformers import HfArgumentParser
 
 from modeling_insnext.data import ContextMixture, get_mixture
@@ -17,14 +18,32 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
 def parse(*classes, args: list[str] | None = None) -> tuple:
-    """Return one object a class, from the command line or from the one .json or .yaml file it names."""
+    """Return one object a class, from the command line; a .json or .yaml file in front gives what flags leave out."""
     args = sys.argv[1:] if args is None else args
-    parser = HfArgumentParser(classes)
-    if len(args) == 1 and args[0].endswith(".json"):
-        return parser.parse_json_file(json_file=args[0])
-    if len(args) == 1 and args[0].endswith((".yaml", ".yml")):
-        return parser.parse_yaml_file(yaml_file=args[0])
-    return parser.parse_args_into_dataclasses(args)
+    if args and args[0].endswith((".json", ".yaml", ".yml")):
+        args = [*flags_of(Path(args[0])), *args[1:]]
+    return HfArgumentParser(classes).parse_args_into_dataclasses(args)
+
+
+def flags_of(path: Path) -> list[str]:
+    """Return the arguments of a file as they would stand on the command line; null is the default.
+
+    Raises:
+        ValueError: If there is no such file, or it holds something else than an object.
+    """
+    if not path.is_file():
+        raise ValueError(f"a file of arguments must be there, got {str(path)!r}")
+    text = path.read_text(encoding="utf-8")
+    given = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    if not isinstance(given, dict):
+        raise ValueError(f"a file of arguments must hold an object, got {type(given).__name__} in {str(path)!r}")
+    flags = []
+    for name, value in given.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    return flags
 
 
 def json_object(name: str, text: str) -> dict:
@@ -176,21 +195,31 @@ class ChoiceArguments:
     def columns(self) -> list[str]:
         return [self.query_column, self.choices_column, self.gold_column]
 
-    def check_row(self, query: str, choices: list[str], gold: int) -> None:
-        """Raise a `ValueError` if a row cannot be asked."""
+    def check_row(self, query: str, choices: list[str], gold: int | str, number: int) -> None:
+        """Raise a `ValueError` that names the row by its number if it cannot be asked."""
+        row = f"row {number}, {query!r}"
+        if not isinstance(query, str):
+            raise ValueError(f"{self.query_column} must be a text, got {type(query).__name__} in {row}")
+        if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+            raise ValueError(f"{self.choices_column} must be a list of texts, got {choices!r} in {row}")
         if len(choices) < 2:
-            raise ValueError(f"there must be at least two choices, got {choices} for {query!r}")
+            raise ValueError(f"there must be at least two choices, got {choices} in {row}")
+        whole = gold.isdecimal() if isinstance(gold, str) else isinstance(gold, int) and not isinstance(gold, bool)
+        if not whole:
+            raise ValueError(f"{self.gold_column} must be an integer, got {gold!r} in {row}")
         if not 0 <= int(gold) < len(choices):
-            raise ValueError(f"{self.gold_column} must be in 0..{len(choices) - 1}, got {gold} for {query!r}")
+            raise ValueError(f"{self.gold_column} must be in 0..{len(choices) - 1}, got {gold} in {row}")
         if self.blank is not None and query.count(self.blank) != 1:
-            raise ValueError(f"blank {self.blank!r} must stand once in the question, got {query!r}")
+            raise ValueError(f"blank {self.blank!r} must stand once in the question, got {row}")
 
     def text_of(self, query: str, choice: str) -> tuple[str, str, str]:
         """Return what stands before the answer, the answer, and what stands behind it."""
         if self.blank is None:
             return query.rstrip(), f" {choice}", ""
         before, after = query.split(self.blank)
-        return before, choice, after
+        # a space belongs to the word behind it, as in most vocabularies
+        front = before.rstrip()
+        return front, before[len(front) :] + choice, after
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """What the run_*.py scripts of this folder share: data, tokenizer, model, adapter, and a training that resumes."""
 
+import inspect
 import json
 import logging
 import math
@@ -12,7 +13,7 @@ import transformers
 from arguments import AdapterArguments, DataArguments, InsertionArguments, ModelArguments, data_format, json_object
 from datasets import Dataset, DatasetDict
 from report import write_atomically
-from resume import last_checkpoint
+from resume import checkpoint_to_resume, train_on
 from transformers import AutoConfig, AutoTokenizer, set_seed
 
 from modeling_insnext import DrtConfig, InsNextConfig
@@ -25,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def start(training) -> None:
-    """Set up logging as the training arguments say, and the seed."""
+    """Set up logging and the seed as the training arguments say, and find the checkpoint to go on from."""
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         handlers=[logging.StreamHandler(sys.stdout)],
@@ -35,6 +36,7 @@ def start(training) -> None:
     transformers.utils.logging.set_verbosity(level)
     datasets.utils.logging.set_verbosity(level)
     set_seed(training.seed)
+    training.resume_from_checkpoint = checkpoint_to_resume(training)
 
 
 # data
@@ -61,7 +63,7 @@ def split_of(splits: DatasetDict, name: str, columns: list[str]) -> Dataset:
     """Return a split that has these columns.
 
     Raises:
-        ValueError: If the split or a column is missing, or the split has no rows.
+        ValueError: If the split, a column or a value is missing, or the split has no rows.
     """
     if name not in splits:
         raise ValueError(f"the data must have a split {name!r}, got {sorted(splits)}")
@@ -70,15 +72,34 @@ def split_of(splits: DatasetDict, name: str, columns: list[str]) -> Dataset:
         raise ValueError(f"{name} data must have the columns {columns}, got {splits[name].column_names}")
     if not len(splits[name]):
         raise ValueError(f"{name} data must have at least one row, got 0")
+    for column in columns:
+        values = splits[name].data.column(column)
+        if values.null_count:
+            row = values.is_null().index(True).as_py()
+            raise ValueError(f"{name} data must have a value in every row, got None for {column!r} in row {row}")
     return splits[name]
 
 
+def check_texts(splits: DatasetDict, columns: list[str]) -> None:
+    """Raise a `ValueError` if one of these columns holds something else than texts."""
+    for split, rows in splits.items():
+        for column in set(columns) & set(rows.column_names):
+            kind = getattr(rows.features[column], "dtype", rows.features[column])
+            # a column without any value is `split_of`'s to refuse
+            if kind not in ("string", "large_string", "null"):
+                raise ValueError(f"{split} data must have texts in {column!r}, got {kind}")
+
+
 def mapped(rows: Dataset, function, data: DataArguments, training) -> Dataset:
-    """Return what `function` makes of batches of rows; the main process does it first, the others read its cache."""
+    """Return what `function` makes of batches of rows and, if it takes them, of the rows' numbers.
+
+    The main process does it first, the others read its cache.
+    """
     with training.main_process_first(desc="preparing the data"):
         made = rows.map(
             function,
             batched=True,
+            with_indices=len(inspect.signature(function).parameters) == 2,
             remove_columns=rows.column_names,
             num_proc=data.preprocessing_num_workers,
             load_from_cache_file=not data.overwrite_cache,
@@ -158,13 +179,13 @@ def load_config(args: ModelArguments, tokenizer):
     return config
 
 
-def load_model(auto_class, args: ModelArguments, config):
+def load_model(auto_class, args: ModelArguments, config, **checkpoint_options):
     """Return the checkpoint's weights under the head of `auto_class`, or a new model."""
     options = {"attn_implementation": args.attn_implementation, "trust_remote_code": args.trust_remote_code}
     if args.model_name_or_path is None:
         model = auto_class.from_config(config, dtype=getattr(torch, args.dtype), **options)
     else:
-        options |= {"cache_dir": args.cache_dir, "revision": args.model_revision}
+        options |= {"cache_dir": args.cache_dir, "revision": args.model_revision, **checkpoint_options}
         model = auto_class.from_pretrained(args.model_name_or_path, config=config, dtype=args.dtype, **options)
     logger.info("%s with %s parameters", type(model).__name__, f"{model.num_parameters():,}")
     return model
@@ -242,22 +263,16 @@ def train_and_evaluate(trainer, perplexity: bool = False) -> dict[str, float]:
         perplexity: Whether the evaluation loss is a mean over tokens, whose exponential is of use.
 
     Returns:
-        The metrics of the evaluation, if there was one.
+        The metrics of the evaluation, if there was one; what is no finite number is None.
     """
     training, metrics = trainer.args, {}
     if training.do_train:
-        checkpoint = training.resume_from_checkpoint or last_checkpoint(training.output_dir)
-        if checkpoint is not None:
-            logger.info("going on from %s", checkpoint)
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.save_model()
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
+        train_on(trainer)
     if training.do_eval:
         metrics = trainer.evaluate()
         if perplexity:
-            metrics["eval_perplexity"] = math.exp(metrics["eval_loss"])
+            metrics["eval_perplexity"] = perplexity_of(metrics["eval_loss"])
+        metrics = finite(metrics)
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if training.push_to_hub:
@@ -275,6 +290,21 @@ def wanted_examples(splits: DatasetDict, columns: list[str], make, data: DataArg
     }
 
 
+def perplexity_of(nats_per_token: float) -> float:
+    """Return the exponential, infinity where it is beyond all floats."""
+    return math.exp(nats_per_token) if nats_per_token < 709 else math.inf
+
+
+def finite(value):
+    """Return a value in which None stands for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_lines(path: Path, rows: list[dict]) -> None:
-    """Write rows as JSON lines."""
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """Write rows as JSON lines; what JSON does not have, as dates, as text."""
+    lines = [json.dumps(finite(row), ensure_ascii=False, default=str) + "\n" for row in rows]
+    write_atomically(path, "".join(lines))

@@ -31,11 +31,16 @@ import json
 import os
 import random
 import re
+import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from metrics.keyword_coverage.forms import composed, keyword_matches, keyword_pattern
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
@@ -62,17 +67,27 @@ SAYING = re.compile(
 SINGLE_QUOTED = re.compile(r"(?<![\w\"'])'(?!tis\b|twas\b|em\b|twould\b|till?\b)(?=\w)([^\"]*?[.,!?;:-])'(?![\w'])")
 NOT_PROSE = re.compile(r"[*_|\\{}=<>~^#\[\]]|[^\x00-\x7féèêàæÉÆ£°½]|http")
 IRREGULAR = {
-    "blow": "blew blown", "break": "broke broken", "bring": "brought", "build": "built", "buy": "bought",
-    "catch": "caught", "choose": "chose", "draw": "drew drawn", "drink": "drank drunk", "drive": "drove driven",
-    "eat": "ate", "fall": "fell", "feed": "fed", "feel": "felt", "fight": "fought", "find": "found",
-    "fly": "flew flown", "foot": "feet", "get": "got gotten", "give": "gave", "go": "went", "grow": "grew",
-    "hang": "hung", "hold": "held", "keep": "kept", "lay": "laid", "lead": "led", "leave": "left", "lie": "lay lying",
-    "make": "made", "medium": "media", "meet": "met", "mouse": "mice", "ride": "rode", "ring": "rang rung",
-    "rise": "rose", "run": "ran", "see": "saw", "sell": "sold", "send": "sent", "shake": "shook", "shelf": "shelves",
-    "shoot": "shot", "sing": "sang sung", "sit": "sat", "sleep": "slept", "speak": "spoke", "spend": "spent",
-    "spin": "spun", "stand": "stood", "steal": "stole stolen", "stick": "stuck", "strike": "struck", "sweep": "swept",
-    "swim": "swam", "swing": "swung", "take": "took", "teach": "taught", "tell": "told", "think": "thought",
-    "throw": "threw", "tooth": "teeth", "wear": "wore worn", "win": "won", "write": "wrote written",
+    "axis": "axes", "basis": "bases", "beat": "beaten", "begin": "began begun", "bind": "bound", "bleed": "bled",
+    "blow": "blew blown", "bookshelf": "bookshelves", "break": "broke broken", "breed": "bred", "bring": "brought",
+    "build": "built", "buy": "bought", "catch": "caught", "child": "children", "choose": "chose chosen",
+    "come": "came", "datum": "data", "draw": "drew drawn", "drink": "drank drunk", "drive": "drove driven",
+    "eat": "ate", "elf": "elves", "fall": "fell fallen", "feed": "fed", "feel": "felt", "fight": "fought",
+    "find": "found", "fly": "flew flown", "foot": "feet", "forbid": "forbade forbidden", "forget": "forgot forgotten",
+    "freeze": "froze frozen", "get": "got gotten", "give": "gave", "go": "went", "grandchild": "grandchildren",
+    "grow": "grew", "half": "halves", "hang": "hung", "hear": "heard", "hide": "hid hidden", "hold": "held",
+    "hoof": "hooves", "keep": "kept", "knife": "knives", "know": "knew known", "lay": "laid", "lead": "led",
+    "leaf": "leaves", "leap": "leapt", "leave": "left", "lie": "lay lying", "life": "lives", "lose": "lost",
+    "make": "made", "mean": "meant", "medium": "media", "meet": "met", "mouse": "mice",
+    "overgrow": "overgrew overgrown", "overlay": "overlaid", "pay": "paid", "picnic": "picnicked picnicking",
+    "rebuild": "rebuilt", "refuel": "refuelled refuelling", "ride": "rode", "ring": "rang rung", "rise": "rose",
+    "run": "ran", "say": "said", "see": "saw", "seek": "sought", "sell": "sold", "send": "sent", "sew": "sewn",
+    "shake": "shook", "shelf": "shelves", "shoot": "shot", "sing": "sang sung", "sit": "sat", "sleep": "slept",
+    "speak": "spoke", "speed": "sped", "spell": "spelt", "spend": "spent", "spin": "spun", "stand": "stood",
+    "steal": "stole stolen", "stick": "stuck", "sting": "stung", "strike": "struck", "string": "strung",
+    "swear": "swore sworn", "sweep": "swept", "swim": "swam", "swing": "swung", "take": "took", "teach": "taught",
+    "tear": "tore torn", "tell": "told", "thief": "thieves", "think": "thought", "throw": "threw", "tooth": "teeth",
+    "undergo": "underwent undergone", "understand": "understood", "wake": "woke woken", "wear": "wore worn",
+    "weave": "wove woven", "wife": "wives", "win": "won", "wolf": "wolves", "write": "wrote written",
 }  # fmt: skip
 
 
@@ -127,21 +142,40 @@ def tidy_caption(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def matches(word: str, concept: str) -> bool:
-    """Is the word the concept or an inflection of it, by its beginning?"""
-    stem = concept[:-1] if concept[-1] in "ey" else concept
-    if concept.endswith("man") and concept != "human":
-        return word in (concept, f"{concept[:-3]}men")
-    regular = word.startswith(stem) and len(word) <= len(concept) + 4
-    return regular or word in IRREGULAR.get(concept, "").split()
+def irregular_forms(word: str) -> list[str]:
+    men = [f"{word[:-2]}en"] if word.endswith("man") and word not in ("human", "german", "roman") else []
+    return IRREGULAR.get(word, "").split() + men
 
 
-def keyword_spans(text: str, concepts: list[str]) -> list[tuple[int, int]]:
-    """Character span of one word for each concept: the concept itself if it is there, else its first inflection."""
-    words = [(match[0].lower(), match.span()) for match in re.finditer(r"[A-Za-z]+", text)]
+@lru_cache(maxsize=100_000)
+def inflected_pattern(keyword: str) -> re.Pattern:
+    return keyword_pattern(keyword, True, {word: irregular_forms(word) for word in keyword.lower().split()})
+
+
+def composed_places(text: str) -> tuple[str, Sequence[int]]:
+    """Return the text in composed form and, for each of its characters and for its end, the place in `text`."""
+    if unicodedata.is_normalized("NFC", text):
+        return composed(text), range(len(text) + 1)
+    starts = [place for place, letter in enumerate(text) if not place or not unicodedata.combining(letter)]
+    pieces = [composed(text[left:right]) for left, right in pairwise([*starts, len(text)])]
+    places = [start for start, piece in zip(starts, pieces, strict=True) for _ in piece]
+    return "".join(pieces), [*places, len(text)]
+
+
+def keyword_spans(text: str, keywords: list[str]) -> list[tuple[int, int]]:
+    """Character span of each keyword that stands in the text as whole words, whatever its case.
+
+    The keyword itself if it is there, else the first of its inflections. A phrase is one span.
+    """
+    written, places = composed_places(text)
     spans = []
-    for concept in concepts:
-        found = [(word != concept, span) for word, span in words if matches(word, concept) and span not in spans]
+    for keyword in keywords:
+        words = composed(keyword).lower().split()
+        found = []
+        for match in keyword_matches(inflected_pattern(keyword), written):
+            span = places[match.start()], places[match.end()]
+            if span not in spans:
+                found.append((match[0].lower().split() != words, span))
         if found:
             spans.append(min(found)[1])
     return spans

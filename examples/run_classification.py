@@ -9,13 +9,16 @@
     python examples/run_classification.py --model_name_or_path MODEL --dataset_name nyu-mll/glue \
         --dataset_config_name cola --text_columns sentence --do_train --do_eval --output_dir runs/cola
 
-The classes are those of the training data, or of the checkpoint if nothing is trained. A pair is one text with the
-separator of the tokenizer, or else EOS, in between. Reported are the loss, the accuracy with its Wilson interval, and
-Matthews' correlation. --do_predict writes predictions.jsonl. Without --model_name_or_path, --model_type or
---config_name trains the same shape from random weights. Interrupted, the same command goes on from the last complete
-checkpoint.
+The classes are those of the training data, in the checkpoint's order if it has the same ones; a checkpoint of other
+classes gets a new head. If nothing is trained they are the checkpoint's. With --adapter they are written beside the
+adapter, to id2label.json, where --adapter_name_or_path finds them. A pair is one text with the separator of the
+tokenizer, or else EOS, in between. Reported are the loss, the accuracy with its Wilson interval, and Matthews'
+correlation. --do_predict writes predictions.jsonl. Without --model_name_or_path, --model_type or --config_name trains
+the same shape from random weights. Interrupted, the same command goes on from the last complete checkpoint.
 """
 
+import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +26,7 @@ import numpy as np
 from arguments import AdapterArguments, DataArguments, ModelArguments, parse
 from common import (
     add_adapter,
+    check_texts,
     load_config,
     load_model,
     load_splits,
@@ -35,9 +39,17 @@ from common import (
     without_eos,
     write_lines,
 )
+from report import write_atomically
+from resume import note_arguments
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers.utils import CONFIG_NAME, cached_file
 
 from modeling_insnext.data import wilson_interval
+
+
+CLASS_NAMES = "id2label.json"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -53,14 +65,38 @@ class ClassificationArguments:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}")
 
 
-def classes_of(args: ClassificationArguments, training, splits, config) -> list[str]:
-    """Return the names of the classes, in the order of the logits.
+class ClassificationTrainer(Trainer):
+    """`Trainer` that writes the names of the classes beside an adapter: PEFT has no place for them."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        if self.args.should_save and hasattr(self.model, "peft_config"):
+            path = Path(output_dir or self.args.output_dir) / CLASS_NAMES
+            write_atomically(path, json.dumps(self.model.config.id2label, ensure_ascii=False))
+
+
+def saved_classes(folder: str | None, cache_dir: str | None) -> list[str] | None:
+    """Return the names of the classes that a checkpoint or an adapter was trained on, if it says them."""
+    options = {"cache_dir": cache_dir, "_raise_exceptions_for_missing_entries": False}
+    paths = [] if folder is None else [cached_file(folder, name, **options) for name in (CLASS_NAMES, CONFIG_NAME)]
+    for path in filter(None, paths):
+        read = json.loads(Path(path).read_text(encoding="utf-8"))
+        names = read if Path(path).name == CLASS_NAMES else read.get("id2label")
+        if names is not None:
+            return [names[index] for index in sorted(names, key=int)]
+    return None
+
+
+def unnamed(classes: list[str]) -> bool:
+    return all(name == f"LABEL_{index}" for index, name in enumerate(classes))
+
+
+def trained_classes(args: ClassificationArguments, splits) -> list[str]:
+    """Return the names of the classes of the training data.
 
     Raises:
         ValueError: If a label is neither an integer nor a name, or there are fewer than two classes.
     """
-    if not training.do_train:
-        return [config.id2label[index] for index in range(config.num_labels)]
     rows = split_of(splits, "train", [*args.text_columns, args.label_column])
     feature = rows.features[args.label_column]
     if hasattr(feature, "names"):
@@ -72,14 +108,34 @@ def classes_of(args: ClassificationArguments, training, splits, config) -> list[
     return [str(label) for label in labels]
 
 
+def classes_of(args: ClassificationArguments, adapter, training, splits, model_args, config) -> tuple[list[str], bool]:
+    """Return the names of the classes in the order of the logits, and whether the checkpoint's head is for others.
+
+    Raises:
+        ValueError: If the checkpoint or the adapter to go on from was trained on other classes than the data has.
+    """
+    source = training.resume_from_checkpoint or adapter.adapter_name_or_path
+    saved = saved_classes(source, model_args.cache_dir)
+    known = saved or [config.id2label[index] for index in range(config.num_labels)]
+    if not training.do_train:
+        return known, False
+    classes = trained_classes(args, splits)
+    if set(classes) == set(known):
+        return known, False
+    if saved is not None:
+        raise ValueError(f"{source} was trained on the classes {saved}, the data must have the same, got {classes}")
+    return classes, model_args.model_name_or_path is not None and not unnamed(known)
+
+
 def encode(args: ClassificationArguments, tokenizer, batch) -> list[list[int]]:
     """Return the tokens of each row: one text, or two with the separator in between."""
-    first = tokenizer(batch[args.text_columns[0]])["input_ids"]
+    # a text may spell a special token: it means its letters
+    first = tokenizer(batch[args.text_columns[0]], split_special_tokens=True)["input_ids"]
     if len(args.text_columns) == 1:
         return [ids[: args.max_length] for ids in first]
     separator = tokenizer.sep_token_id if tokenizer.sep_token_id is not None else tokenizer.eos_token_id
     separator = [] if separator is None else [separator]
-    second = tokenizer(batch[args.text_columns[1]], add_special_tokens=False)["input_ids"]
+    second = tokenizer(batch[args.text_columns[1]], add_special_tokens=False, split_special_tokens=True)["input_ids"]
     room, pairs = args.max_length - len(separator), []
     for left, right in zip(first, second, strict=True):
         left = without_eos(tokenizer, left)
@@ -93,16 +149,21 @@ def examples(args: ClassificationArguments, tokenizer, classes: list[str] | None
     """Return the function that tokenises a batch, and with `classes` numbers its labels."""
     names = getattr(feature, "names", None)
 
-    def number(label) -> int:
-        name = names[label] if names is not None and isinstance(label, int) else str(label)
-        if name not in classes:
-            raise ValueError(f"{args.label_column} must be one of {classes}, got {label!r}")
-        return classes.index(name)
+    def number(label, row: int) -> int:
+        if names is None:
+            name = str(label)
+        else:
+            # -1 is how a `ClassLabel` says that a row has none
+            name = names[label] if 0 <= label < len(names) else None
+        unnamed_class = f"LABEL_{label}"
+        if name not in classes and unnamed_class not in classes:
+            raise ValueError(f"{args.label_column} must be one of {classes}, got {label!r} in row {row}")
+        return classes.index(name if name in classes else unnamed_class)
 
-    def make(batch):
+    def make(batch, rows):
         made = {"input_ids": encode(args, tokenizer, batch)}
         if classes is not None:
-            made["labels"] = [number(label) for label in batch[args.label_column]]
+            made["labels"] = [number(*pair) for pair in zip(batch[args.label_column], rows, strict=True)]
         return made
 
     return make
@@ -142,6 +203,15 @@ def predict(trainer, args: ClassificationArguments, tokenizer, rows, classes: li
         write_lines(Path(trainer.args.output_dir) / "predictions.jsonl", written)
 
 
+def make_model(args: ModelArguments, adapter: AdapterArguments, config, new_head: bool):
+    """Return the model with a head for the classes of the configuration, under its adapter if there is one."""
+    model = load_model(AutoModelForSequenceClassification, args, config, ignore_mismatched_sizes=True)
+    if new_head:
+        logger.warning("%s has a head for other classes: a new one is made", args.model_name_or_path)
+        model.score.reset_parameters()
+    return add_adapter(model, adapter, "SEQ_CLS")
+
+
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the metrics of the evaluation."""
     model_args, data, classification, adapter, training = parse(
@@ -152,16 +222,17 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     config = load_config(model_args, tokenizer)
     start(training)
     splits = load_splits(data, model_args)
-    classes = classes_of(classification, training, splits, config)
+    check_texts(splits, classification.text_columns)
+    classes, new_head = classes_of(classification, adapter, training, splits, model_args, config)
     config.id2label, config.label2id = dict(enumerate(classes)), {name: index for index, name in enumerate(classes)}
     columns = [*classification.text_columns, classification.label_column]
     feature = next(iter(splits.values())).features.get(classification.label_column)
     tests = split_of(splits, "test", classification.text_columns) if training.do_predict else None
     make = examples(classification, tokenizer, classes, feature)
     rows = wanted_examples(splits, columns, make, data, training)
-    model = add_adapter(load_model(AutoModelForSequenceClassification, model_args, config), adapter, "SEQ_CLS")
-    trainer = Trainer(
-        model=model,
+    note_arguments(training, model_args, data, classification, adapter)
+    trainer = ClassificationTrainer(
+        model=make_model(model_args, adapter, config, new_head),
         args=training,
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,

@@ -16,12 +16,19 @@
                           missing, drawn anew every epoch
     completion  both      a prompt and its completion                   the completion
 
-A column of texts may hold a list of texts a row. Words are given where they occur, inflected or not; in prediction
-they are the keywords, as they are and in their order. Predictions go to predictions.jsonl in --output_dir, each row
-with its `prediction`. An adapter is saved alone: `AutoPeftModelForCausalLM.from_pretrained(output_dir)` loads it with
-its base. Interrupted, the same command goes on from the last complete checkpoint.
+A column of texts may hold a list of texts a row. Keywords are lists of words and phrases. They are given where they
+stand as whole words, inflected or not, whatever their case; the log says how many do not stand in their texts. In
+prediction they are the keywords, as they are and in their order. Of what is longer than --max_length the end is cut; a
+row of which nothing is left to learn, as its prompt is so long, is left out, and the log says how many are. A text
+that spells a special token, as "<pad>", means its letters.
+
+Predictions go to predictions.jsonl in --output_dir, each row with its `prediction`; every row is checked before
+anything is trained. `eval_perplexity` (DRT) is per token of the completions, whatever the batches. An adapter is saved
+alone: `AutoPeftModelForCausalLM.from_pretrained(output_dir)` loads it with its base. Interrupted, the same command
+goes on from the last complete checkpoint.
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,11 +57,15 @@ from common import (
     write_lines,
 )
 from prepare_corpus import keyword_spans
+from resume import note_arguments
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+from modeling_insnext.insnext.canvas_insnext import build_canvas, canvas_from_ids, validate_canvas
 from modeling_insnext.trainer import InsertionTrainer
 
+
+logger = logging.getLogger(__name__)
 
 REENCODED = {"reencode": 0.6, "windowed": 0.1}
 
@@ -116,8 +127,62 @@ def check(args: FinetuningArguments, insertion: InsertionArguments, training, mo
         raise ValueError(f"do_predict needs one process, got {training.world_size}")
 
 
+# rows
+
+
 def texts_of(value) -> list[str]:
     return [value] if isinstance(value, str) else list(value)
+
+
+def are_texts(values) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def check_rows(args: FinetuningArguments, rows, split: str, columns: list[str]) -> None:
+    """Raise a `ValueError` that names the row if a value is not what its column is read as."""
+    for column in columns:
+        for number, value in enumerate(rows[column]):
+            if column == args.keywords_column:
+                kind, right = "a list of words and phrases", are_texts(value) and all(map(str.strip, value))
+            elif column == args.text_column and split != "test":
+                kind, right = "a text or a list of texts", isinstance(value, str) or value != [] and are_texts(value)
+            else:
+                kind, right = "a text", isinstance(value, str)
+            if not right:
+                raise ValueError(f"{column} must be {kind}, got {value!r} in row {number} of the {split} data")
+
+
+def check_tests(args: FinetuningArguments, tokenizer, config, tests) -> None:
+    """Raise a `ValueError` that names the row if the model cannot write for a row of the test data."""
+    check_rows(args, tests, "test", args.test_columns)
+    insnext, room = config.model_type == "insnext", json_object("generation", args.generation).get("max_new_tokens")
+    for number, value in enumerate(tests[args.test_columns[0]]):
+        try:
+            if args.task != "completion":
+                canvas = build_canvas(tokenizer, **given_of(args, [value]), vocab_size=config.vocab_size)
+            elif ids := prompt_ids(tokenizer, [value])[0]:
+                canvas = canvas_from_ids(torch.tensor([ids]))
+            else:
+                raise ValueError(f"{args.prompt_column} must have at least one token, got {value!r}")
+            if insnext:
+                validate_canvas(canvas, config.vocab_size, room, config.max_position_embeddings)
+        except ValueError as error:
+            raise ValueError(f"row {number} of the test data: {error}") from error
+
+
+def report_losses(rows: dict, splits, args: FinetuningArguments) -> None:
+    """Log how many rows and keywords the examples lack."""
+    for name, made in rows.items():
+        split = {"train_dataset": "train", "eval_dataset": "validation"}[name]
+        if "asked" in made.column_names:
+            asked = sum(made["asked"])
+            logger.info(
+                "%s data: %d of %d keywords do not stand in their texts", split, asked - sum(made["found"]), asked
+            )
+        left_out = len(splits[split]) - len(made)
+        if args.task == "completion" and left_out:
+            text = "%s data: %d of %d rows are left out: max_length=%d leaves nothing of their completions"
+            logger.warning(text, split, left_out, len(splits[split]), args.max_length)
 
 
 def insertion_examples(args: FinetuningArguments, tokenizer):
@@ -128,13 +193,16 @@ def insertion_examples(args: FinetuningArguments, tokenizer):
         texts = [texts_of(value) for value in batch[args.text_column]]
         words = batch[args.keywords_column] if args.keywords_column else [[]] * len(texts)
         pairs = [(text, row) for row, group in zip(words, texts, strict=True) for text in group]
-        encoded = tokenizer([text for text, _ in pairs], return_offsets_mapping=bool(args.keywords_column))
+        whole, wanted = [text for text, _ in pairs], bool(args.keywords_column)
+        # a text may spell a special token: it means its letters
+        encoded = tokenizer(whole, return_offsets_mapping=wanted, split_special_tokens=True)
         made = {"input_ids": [ids[:limit] for ids in encoded["input_ids"]]}
         made["complete"] = [len(ids) <= limit for ids in encoded["input_ids"]]
         if args.keywords_column:
             offsets = encoded["offset_mapping"]
-            spans = [keyword_spans(text, " ".join(row).split()) for text, row in pairs]
+            spans = [keyword_spans(text, row) for text, row in pairs]
             made["given"] = [marked(*pair)[:limit] for pair in zip(offsets, spans, strict=True)]
+            made |= {"found": [len(row) for row in spans], "asked": [len(row) for _, row in pairs]}
         return made
 
     return make
@@ -146,7 +214,7 @@ def marked(offsets, spans) -> list[bool]:
 
 
 def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
-    return [without_eos(tokenizer, ids) for ids in tokenizer(list(texts))["input_ids"]]
+    return [without_eos(tokenizer, ids) for ids in tokenizer(list(texts), split_special_tokens=True)["input_ids"]]
 
 
 def completion_examples(args: FinetuningArguments, tokenizer, insnext: bool):
@@ -156,20 +224,48 @@ def completion_examples(args: FinetuningArguments, tokenizer, insnext: bool):
 
     def make(batch):
         prompts = prompt_ids(tokenizer, batch[args.prompt_column])
-        completions = tokenizer(batch[args.completion_column], add_special_tokens=False)["input_ids"]
+        completions = batch[args.completion_column]
+        completions = tokenizer(completions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         whole = [prompt + completion + end for prompt, completion in zip(prompts, completions, strict=True)]
         cut = [ids[: args.max_length] for ids in whole]
         given = [[place < len(prompt) for place in range(len(ids))] for prompt, ids in zip(prompts, cut, strict=True)]
-        if insnext:
-            complete = [len(ids) <= args.max_length for ids in whole]
-            return {"input_ids": cut, "given": given, "complete": complete}
+        complete = [len(ids) <= args.max_length for ids in whole]
         labels = [
             [-100 if fixed else token for token, fixed in zip(*pair, strict=True)]
             for pair in zip(cut, given, strict=True)
         ]
-        return {"input_ids": cut, "labels": labels}
+        made = {"given": given, "complete": complete} if insnext else {"labels": labels}
+        # the first token is never learned; STOP is, behind a whole text
+        learned = [insnext and ends or not all(row[1:]) for row, ends in zip(given, complete, strict=True)]
+        return {
+            name: [value for value, kept in zip(values, learned, strict=True) if kept]
+            for name, values in {"input_ids": cut, **made}.items()
+        }
 
     return make
+
+
+class CompletionTrainer(Trainer):
+    """`Trainer` whose `eval_loss` is a mean over the target tokens of the data, not over batches."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._sums = torch.zeros(2, dtype=torch.float64)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        count = (inputs["labels"][:, 1:] != -100).sum()
+        loss, outputs = super().compute_loss(model, inputs, True)
+        self._sums += torch.stack([loss.detach() * count, count.float()]).cpu()
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        self._sums.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nats, count = self.accelerator.reduce(self._sums.float().to(self.args.device)).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = nats / count
+        return output
 
 
 def make_examples(args: FinetuningArguments, tokenizer, insnext: bool):
@@ -179,13 +275,16 @@ def make_examples(args: FinetuningArguments, tokenizer, insnext: bool):
     return insertion_examples(args, tokenizer)
 
 
-def make_collator(args: FinetuningArguments, insertion: InsertionArguments, tokenizer, rows: dict, training):
-    """Return the collator of insertion sequences."""
+def make_collators(args: FinetuningArguments, insertion: InsertionArguments, tokenizer, rows: dict, training) -> dict:
+    """Return the collators of insertion sequences, of training first, of evaluation last."""
     if args.task == "completion" and insertion.order is None:
         insertion.order = "left_to_right"
-    texts = next(iter(rows.values()), [])
     options = {"max_length": args.max_length, "truncate": True}
-    return insertion_collator(insertion, tokenizer, texts, args.contexts, training, **options)
+    made = [
+        insertion_collator(insertion, tokenizer, texts, args.contexts, training, **options)
+        for texts in rows.values() or [[]]
+    ]
+    return {"data_collator": made[0], "eval_data_collator": made[-1]}
 
 
 @torch.no_grad()
@@ -199,21 +298,23 @@ def predict(args: FinetuningArguments, model, tokenizer, rows, training) -> list
         if args.task == "completion":
             written += completions(model, tokenizer, given, options)
             continue
-        canvas = {"keywords": [list(words) for words in given]} if args.task == "keywords" else {"text": list(given)}
-        out = model.generate(**model.canvas(tokenizer, **canvas).to(model.device), **options)
+        out = model.generate(**model.canvas(tokenizer, **given_of(args, given)).to(model.device), **options)
         written += tokenizer.batch_decode(out, skip_special_tokens=True)
     return [{**row, "prediction": text} for row, text in zip(rows, written, strict=True)]
+
+
+def given_of(args: FinetuningArguments, values) -> dict:
+    """Return what a canvas is made of."""
+    return {"keywords": [list(words) for words in values]} if args.task == "keywords" else {"text": list(values)}
 
 
 def completions(model, tokenizer, prompts: list[str], options: dict) -> list[str]:
     """Return what the model writes behind each prompt."""
     ids = prompt_ids(tokenizer, prompts)
     batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
+    # texts come back with the padding in front of them
     out = model.generate(**batch, **options)
-    # insertion gives a text back without the padding in front of it
-    padded = model.config.model_type != "insnext"
-    starts = [batch["input_ids"].shape[1] if padded else len(row) for row in ids]
-    rows = [row[first:] for row, first in zip(out, starts, strict=True)]
+    rows = out[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
 
 
@@ -234,16 +335,23 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     check(finetuning, insertion, training, config.model_type)
     start(training)
     splits = load_splits(data, model_args)
+    for split, wanted in (("train", training.do_train), ("validation", training.do_eval)):
+        if wanted:
+            check_rows(finetuning, split_of(splits, split, finetuning.columns), split, finetuning.columns)
     tests = split_of(splits, "test", finetuning.test_columns) if training.do_predict else None
+    if tests is not None:
+        check_tests(finetuning, tokenizer, config, tests)
     insnext = config.model_type == "insnext"
     rows = wanted_examples(splits, finetuning.columns, make_examples(finetuning, tokenizer, insnext), data, training)
+    report_losses(rows, splits, finetuning)
+    note_arguments(training, model_args, data, finetuning, insertion, adapter)
     if insnext:
-        collator = make_collator(finetuning, insertion, tokenizer, rows, training)
+        collators = make_collators(finetuning, insertion, tokenizer, rows, training)
     else:
-        collator = DataCollatorForSeq2Seq(tokenizer)
+        collators = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
     model = add_adapter(load_model(AutoModelForCausalLM, model_args, config), adapter, "CAUSAL_LM")
-    trainer_class = InsertionTrainer if insnext else Trainer
-    trainer = trainer_class(model, training, data_collator=collator, processing_class=tokenizer, **rows)
+    trainer_class = InsertionTrainer if insnext else CompletionTrainer
+    trainer = trainer_class(model, training, processing_class=tokenizer, **collators, **rows)
     metrics = train_and_evaluate(trainer, perplexity=not insnext)
     if tests is not None:
         written = predict(finetuning, model, tokenizer, tests, training)

@@ -25,6 +25,7 @@ from common import (
     train_and_evaluate,
     wanted_examples,
 )
+from resume import note_arguments
 from run_classification import measure
 from transformers import AutoModelForMultipleChoice, Trainer, TrainingArguments
 
@@ -42,16 +43,21 @@ class MultipleChoiceArguments(ChoiceArguments):
 def examples(args: MultipleChoiceArguments, tokenizer, num_choices: int):
     """Return the function that tokenises every answer of a row with its question, the end of the text kept."""
 
-    def make(batch):
-        made = {"choice_ids": [], "labels": []}
-        for query, choices, gold in zip(*(batch[column] for column in args.columns), strict=True):
-            args.check_row(query, choices, gold)
+    def make(batch, rows):
+        made = {"choice_ids": [], "labels": [], "length": []}
+        for row, query, choices, gold in zip(rows, *(batch[column] for column in args.columns), strict=True):
+            args.check_row(query, choices, gold, row)
             if len(choices) != num_choices:
-                raise ValueError(f"all rows must have {num_choices} choices, got {len(choices)} for {query!r}")
+                raise ValueError(
+                    f"each row must have {num_choices} choices, got {len(choices)} in row {row}: {query!r}"
+                )
             texts = ["".join(args.text_of(query, choice)) for choice in choices]
-            ids = tokenizer(texts)["input_ids"]
-            made["choice_ids"].append([row if len(row) <= args.max_length else row[-args.max_length :] for row in ids])
+            # a text may spell a special token: it means its letters
+            ids = [ids[-args.max_length :] for ids in tokenizer(texts, split_special_tokens=True)["input_ids"]]
+            made["choice_ids"].append(ids)
             made["labels"].append(int(gold))
+            # what --train_sampling_strategy group_by_length reads
+            made["length"].append(max(map(len, ids)))
         return made
 
     return make
@@ -87,8 +93,10 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     training.remove_unused_columns = False
     splits = load_splits(data, model_args)
     first = split_of(splits, next(iter(splits)), choice.columns)[0]
+    choice.check_row(*(first[column] for column in choice.columns), 0)
     make = examples(choice, tokenizer, len(first[choice.choices_column]))
     rows = wanted_examples(splits, choice.columns, make, data, training)
+    note_arguments(training, model_args, data, choice, adapter)
     model = add_adapter(load_model(AutoModelForMultipleChoice, model_args, config), adapter, None, ["score"])
     trainer = Trainer(
         model=model,

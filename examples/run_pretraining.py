@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from arguments import DataArguments, InsertionArguments, ModelArguments, check_choice, parse
 from common import (
     body,
+    check_texts,
     insertion_collator,
     load_config,
     load_model,
@@ -36,6 +37,7 @@ from common import (
     wanted_examples,
 )
 from prepare_corpus import split_sentences
+from resume import note_arguments
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
 from modeling_insnext.trainer import InsertionTrainer
@@ -83,7 +85,8 @@ def insertion_texts(tokenizer, column: str, stage: str, block_size: int):
             texts = [sentence for line in lines for sentence in split_sentences(line) if sentence]
         made = {"input_ids": [], "complete": []}
         size = block_size - 1
-        for ids in tokenizer(texts)["input_ids"] if texts else []:
+        # a text may spell a special token: it means its letters
+        for ids in tokenizer(texts, split_special_tokens=True)["input_ids"] if texts else []:
             ids = body(tokenizer, ids)
             for first in range(0, len(ids), size):
                 made["input_ids"].append([tokenizer.bos_token_id, *ids[first : first + size]])
@@ -98,7 +101,7 @@ def joined_rows(tokenizer, column: str, block_size: int):
 
     def make(batch):
         joined = []
-        for ids in tokenizer(batch[column])["input_ids"]:
+        for ids in tokenizer(batch[column], split_special_tokens=True)["input_ids"]:
             joined += ids
             if tokenizer.eos_token_id is not None and (not ids or ids[-1] != tokenizer.eos_token_id):
                 joined.append(tokenizer.eos_token_id)
@@ -137,18 +140,23 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     check(pretraining, insertion, config)
     start(training)
     splits = load_splits(data, model_args)
+    check_texts(splits, [pretraining.text_column])
     make = make_examples(pretraining, config, tokenizer)
     rows = wanted_examples(splits, [pretraining.text_column], make, data, training)
+    note_arguments(training, model_args, data, pretraining, insertion)
+    model = load_model(AutoModelForCausalLM, model_args, config)
     options = {"args": training, "processing_class": tokenizer, **rows}
     if config.model_type == "insnext":
-        texts = next(iter(rows.values()))
-        options["data_collator"] = insertion_collator(
-            insertion, tokenizer, texts, CONTEXTS, training, pack_to=row_length(pretraining, config)
-        )
+        # of training first, of evaluation last
+        collators = [
+            insertion_collator(
+                insertion, tokenizer, texts, CONTEXTS, training, pack_to=row_length(pretraining, config)
+            )
+            for texts in rows.values()
+        ]
+        trainer = InsertionTrainer(model, data_collator=collators[0], eval_data_collator=collators[-1], **options)
     else:
-        options["data_collator"] = default_data_collator
-    trainer_class = InsertionTrainer if config.model_type == "insnext" else Trainer
-    trainer = trainer_class(load_model(AutoModelForCausalLM, model_args, config), **options)
+        trainer = Trainer(model, data_collator=default_data_collator, **options)
     return train_and_evaluate(trainer, perplexity=config.model_type == "drt")
 
 

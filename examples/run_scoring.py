@@ -13,8 +13,12 @@ windows of --max_length tokens, each --stride after the one before; a token is s
 holds it.
 
 Perplexity is reported per token, with nats per token and bits per byte of text; multiple choice as the share of rows
-whose right answer has the highest log-likelihood, as it is, per token and per byte, with Wilson intervals. Every score
-goes to scores.jsonl in --output_dir, the report to results.json. Interrupted, the same command goes on where it was.
+whose right answer has the highest log-likelihood, as it is, per token and per byte of what was scored, with Wilson
+intervals. What stands behind a --blank is scored with the answer from left to right, and given by orders. The space in
+front of a blank belongs to the answer. A text that spells a special token, as "<pad>", means its letters.
+
+Every score goes to scores.jsonl in --output_dir, the report to results.json. Interrupted, the same command goes on
+where it was, if the files of model, tokenizer and data are still the same ones.
 """
 
 import json
@@ -30,7 +34,17 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from arguments import ChoiceArguments, ModelArguments, check_choice, data_format, parse
-from common import load_config, load_model, load_tokenizer, split_of, without_eos
+from common import (
+    check_texts,
+    finite,
+    load_config,
+    load_model,
+    load_tokenizer,
+    perplexity_of,
+    split_of,
+    without_eos,
+)
+from report import write_atomically
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -106,14 +120,16 @@ def load_rows(args: ScoringArguments, cache_dir: str | None):
     else:
         kind = data_format("data_file", args.data_file)
         splits = datasets.load_dataset(kind, data_files={args.split: args.data_file}, cache_dir=cache_dir)
-    rows = split_of(splits, args.split, [args.text_column] if args.task == "perplexity" else args.columns)
+    columns = [args.text_column] if args.task == "perplexity" else args.columns
+    rows = split_of(splits, args.split, columns)
+    check_texts(splits, columns[:1])
     return rows if args.max_samples is None else rows.select(range(min(args.max_samples, len(rows))))
 
 
 def windows(args: ScoringArguments, tokenizer, rows) -> Iterator[Item]:
     """Yield the windows of each text; BOS stands in front of each where the tokenizer has one."""
     for number, text in enumerate(rows[args.text_column]):
-        ids = without_eos(tokenizer, tokenizer(text)["input_ids"])
+        ids = without_eos(tokenizer, tokenizer(text, split_special_tokens=True)["input_ids"])
         front = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
         ids = ids[len(front) :] + ([tokenizer.eos_token_id] if args.score_end else [])
         size, scored = args.max_length - len(front), 0 if front else 1
@@ -129,18 +145,24 @@ def windows(args: ScoringArguments, tokenizer, rows) -> Iterator[Item]:
 def answers(args: ScoringArguments, tokenizer, rows) -> Iterator[Item]:
     """Yield every answer of each row in its place; of what is too long the front is cut."""
     for number, (query, choices, gold) in enumerate(zip(*(rows[column] for column in args.columns), strict=True)):
-        args.check_row(query, choices, gold)
+        args.check_row(query, choices, gold, number)
         for index, choice in enumerate(choices):
             before, answer, after = args.text_of(query, choice)
-            front = without_eos(tokenizer, tokenizer(before)["input_ids"])
-            middle, back = tokenizer([answer, after], add_special_tokens=False)["input_ids"]
+            front = without_eos(tokenizer, tokenizer(before, split_special_tokens=True)["input_ids"])
+            options = {"add_special_tokens": False, "split_special_tokens": True}
+            middle, back = tokenizer([answer, after], **options)["input_ids"]
             # left to right, what stands behind an answer tells answers apart; by insertion it is given
-            parts = [(front, True), (middle, False), (back, args.num_orders is not None)]
+            behind_given = args.num_orders is not None
+            parts = [(front, True), (middle, False), (back, behind_given)]
             parts += [([tokenizer.eos_token_id], False)] if args.score_end else []
             ids = [token for part, _ in parts for token in part]
             given = [fixed for part, fixed in parts for _ in part]
-            facts = {"row": number, "choice": index, "gold": int(gold), "bytes": len(answer.encode())}
-            yield Item(ids[-args.max_length :], given[-args.max_length :], facts)
+            ids, given = ids[-args.max_length :], given[-args.max_length :]
+            if all(given[1:]):
+                raise ValueError(f"an answer must have at least one token to score, got {choice!r} in row {number}")
+            scored = answer if behind_given else answer + after
+            facts = {"row": number, "choice": index, "gold": int(gold), "bytes": len(scored.encode())}
+            yield Item(ids, given, facts)
 
 
 @torch.no_grad()
@@ -179,16 +201,31 @@ def by_orders(model, items: list[Item], args: ScoringArguments) -> list[dict]:
     return found
 
 
+def file_stamps(model_args: ModelArguments, args: ScoringArguments, config) -> dict:
+    """Return size and time of change of every file that scores depend on, and the commit of what is on the Hub."""
+    folders = (model_args.model_name_or_path, model_args.config_name, model_args.tokenizer_name)
+    patterns = ("*.safetensors", "*.bin", "config.json", "token*", "vocab*", "merges.txt", "*.model", "*.py")
+    paths = {path for folder in folders if folder for pattern in patterns for path in Path(folder).glob(pattern)}
+    paths |= {Path(args.data_file)} if args.data_file else set()
+    stamps = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
+    return {"files": stamps, "commit": getattr(config, "_commit_hash", None)}
+
+
 def resume(path: Path, command: dict, batches: list[list[Item]]) -> int:
     """Return how many batches are scored in full, and cut off what follows them.
 
     Raises:
-        ValueError: If the folder holds the scores of another command.
+        ValueError: If the folder holds the scores of another command, or of files that have changed since.
     """
     stamp = path.with_name("arguments.json")
-    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) != command:
-        raise ValueError(f"output_dir must be empty or hold this command's scores, got another's in {path.parent}")
-    stamp.write_text(json.dumps(command), encoding="utf-8")
+    known = json.loads(stamp.read_text(encoding="utf-8")) if stamp.exists() else command
+    if known != command:
+        other = sorted(name for name in {*known, *command} if known.get(name) != command.get(name))
+        raise ValueError(
+            f"output_dir must be empty or hold this command's scores, got those of other {', '.join(other)} in "
+            f"{path.parent}"
+        )
+    write_atomically(stamp, json.dumps(command))
     written = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     done = count = 0
     while done < len(batches) and count + len(batches[done]) <= len(written):
@@ -204,6 +241,11 @@ def score(args: ScoringArguments, model, batches: list[list[Item]], path: Path, 
     with open(path, "a", encoding="utf-8") as file:
         for batch in tqdm(batches[first:], desc="Scoring", initial=first, total=len(batches)):
             found = by_orders(model, batch, args) if args.num_orders else left_to_right(model, batch, pad)
+            for row in found:
+                if not math.isfinite(row["log_likelihood"]):
+                    raise ValueError(
+                        f"a log-likelihood must be finite, got {row['log_likelihood']} in row {row['row']}"
+                    )
             file.write("".join(json.dumps(row) + "\n" for row in found))
             file.flush()
             os.fsync(file.fileno())
@@ -216,7 +258,7 @@ def perplexity_report(scores: list[dict]) -> dict:
         "texts": len({row["row"] for row in scores}),
         "tokens": tokens,
         "nats_per_token": nats / tokens,
-        "perplexity": math.exp(nats / tokens),
+        "perplexity": perplexity_of(nats / tokens),
         "bits_per_byte": nats / size / math.log(2),
     }
 
@@ -248,17 +290,21 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     check(scoring, tokenizer, config)
     rows = load_rows(scoring, model_args.cache_dir)
     items = list((windows if scoring.task == "perplexity" else answers)(scoring, tokenizer, rows))
+    # without BOS, the first token of a text is not predicted
+    if not any(False in item.given[1:] for item in items):
+        raise ValueError(f"there must be at least one token to score, got none in {len(rows)} rows")
     size = scoring.batch_size
     batches = [items[first : first + size] for first in range(0, len(items), size)]
     folder = Path(scoring.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "scores.jsonl"
-    first = resume(path, {**asdict(model_args), **asdict(scoring)}, batches)
+    command = {**asdict(model_args), **asdict(scoring), **file_stamps(model_args, scoring, config)}
+    first = resume(path, command, batches)
     model = load_model(AutoModelForCausalLM, model_args, config).to(state.device).eval()
     score(scoring, model, batches, path, first, tokenizer.pad_token_id)
     scores = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-    report = perplexity_report(scores) if scoring.task == "perplexity" else choice_report(scores)
-    (folder / "results.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    report = finite(perplexity_report(scores) if scoring.task == "perplexity" else choice_report(scores))
+    write_atomically(folder / "results.json", json.dumps(report, indent=1))
     print(json.dumps(report, indent=1))
     return report
 

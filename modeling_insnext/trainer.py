@@ -27,22 +27,29 @@ class InsertionTrainer(Trainer):
     so that their losses can be compared from epoch to epoch. Such a collator reads columns that are no argument of the
     model (`given`, `complete`, `keywords`) and passes over the rest, so `remove_unused_columns` is switched off.
 
+    Args:
+        *args: Of `Trainer`.
+        eval_data_collator: Collator of evaluation and prediction in the place of `data_collator`; that of the training
+            texts may know their rarities, which an evaluation should not depend on.
+        **kwargs: Of `Trainer`.
+
     Raises:
         ValueError: If `label_smoothing_factor` is set: the loss has no dense target to smooth.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, eval_data_collator=None, **kwargs):
         super().__init__(*args, **kwargs)
         if self.label_smoother is not None:
             raise ValueError(
                 f"label_smoothing_factor must be 0, got {self.args.label_smoothing_factor}: there is no dense target"
             )
         self._sums = {True: torch.zeros(3), False: torch.zeros(3)}
-        self._fixed_collator = self.data_collator
+        self._fixed_collator = self.data_collator if eval_data_collator is None else eval_data_collator
+        if hasattr(self._fixed_collator, "set_epoch"):
+            self._fixed_collator = copy.deepcopy(self._fixed_collator)
+            self._fixed_collator.set_epoch(0)
         if hasattr(self.data_collator, "set_epoch"):
             self.add_callback(_RedrawEveryEpoch(self.data_collator))
-            self._fixed_collator = copy.deepcopy(self.data_collator)
-            self._fixed_collator.set_epoch(0)
             self.args.remove_unused_columns = False
 
     def get_eval_dataloader(self, *args, **kwargs):

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import AutoPeftModel
 from safetensors.torch import load_file
 from script_runner import run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForMultipleChoice, AutoTokenizer, PreTrainedTokenizerFast
 
 from modeling_insnext import DrtConfig, DrtForCausalLM, InsNextConfig, InsNextForInsertionLM
 
@@ -69,6 +70,12 @@ CASES = {
         "--text_columns prompt completion --adapter lora --lora_dropout 0.2 --do_eval --do_predict",
     ),
     "choice": ("run_multiple_choice", "insnext", "old", "--do_eval"),
+    "choice-lora": (
+        "run_multiple_choice",
+        "insnext",
+        "old",
+        "--adapter lora --do_eval --train_sampling_strategy group_by_length",
+    ),
 }
 
 
@@ -188,6 +195,9 @@ def check_results(case: str, output_dir: Path, metrics: dict) -> None:
         else:
             assert {"eval_position_loss", "eval_token_loss"} <= metrics.keys()
     assert (output_dir / "adapter_model.safetensors").exists() == ("--adapter" in options)
+    if case == "choice-lora":
+        model = AutoPeftModel.from_pretrained(output_dir, import_allowlist=["modeling_insnext"])
+        assert type(model.get_base_model()) is type(AutoModelForMultipleChoice.from_pretrained(output_dir))
     if "--do_predict" in options:
         rows = [json.loads(line) for line in (output_dir / "predictions.jsonl").read_text().splitlines()]
         assert len(rows) == 3
@@ -267,8 +277,8 @@ def test_an_answer_in_a_blank_is_scored_by_orders_with_both_sides_given(home, tm
     assert report["rows"] == 2 and report["accuracy"] == 0.5
     scores = [json.loads(line) for line in (tmp_path / "one" / "scores.jsonl").read_text().splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(home / "insnext")
-    parts = [tokenizer("the ")["input_ids"]]
-    parts += tokenizer(["dog", " sees a cat."], add_special_tokens=False)["input_ids"]
+    parts = [tokenizer("the")["input_ids"]]
+    parts += tokenizer([" dog", " sees a cat."], add_special_tokens=False)["input_ids"]
     ids, places = (
         torch.tensor([sum(parts, [])]),
         torch.tensor([[0] * len(parts[0]) + [1] * len(parts[1]) + [2] * len(parts[2])]),

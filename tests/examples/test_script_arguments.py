@@ -5,6 +5,8 @@ import json
 
 import numpy as np
 import pytest
+import yaml
+from transformers import TrainingArguments
 
 from modeling_insnext import DrtConfig, InsNextConfig
 
@@ -80,7 +82,31 @@ BAD = {
     ),
     "no class": (f"run_classification {INSNEXT} {DATA} --text_columns text --label_column real", "integers or names"),
     "DRT chooses": (f"run_multiple_choice {DRT} {DATA}", "drt has no multiple-choice head.*run_scoring"),
-    "gold": (f"run_multiple_choice {INSNEXT} {DATA} --choices_column few", "gold must be in 0..1, got 2"),
+    "gold": (f"run_multiple_choice {INSNEXT} {DATA} --choices_column few", "gold must be in 0..1, got 2 in row 0"),
+    "choices in a string": (
+        f"run_multiple_choice {INSNEXT} {DATA} --choices_column text",
+        "text must be a list of texts, got 'a' in row 0",
+    ),
+    "gold between two": (
+        f"run_multiple_choice {INSNEXT} {DATA} --gold_column real",
+        "real must be an integer, got 0.5 in row 0",
+    ),
+    "no choices": (f"run_multiple_choice {INSNEXT} {DATA} --choices_column none", "got None for 'none' in row 1"),
+    "no text": (f"run_pretraining {DRT} {DATA} --text_column none", "got None for 'none' in row 1"),
+    "no sentence": (
+        f"run_classification {INSNEXT} {DATA} --text_columns none --label_column gold",
+        "got None for 'none' in row 1",
+    ),
+    "no label": (
+        f"run_classification {INSNEXT} {DATA} --text_columns text --label_column none",
+        "got None for 'none' in row 1",
+    ),
+    "numbers as texts": (f"run_pretraining {DRT} {DATA} --text_column gold", "must have texts in 'gold', got int64"),
+    "no arguments": ("run_pretraining {home}/none.yaml", "a file of arguments must be there, got .*none.yaml"),
+    "no checkpoint": (
+        f"run_pretraining {DRT} {DATA} --resume_from_checkpoint true",
+        "resume_from_checkpoint true needs a checkpoint in output_dir",
+    ),
     "no blank": (f"run_multiple_choice {INSNEXT} {DATA} --blank @", "blank '@' must stand once in the question"),
     "stride": (f"{SCORE} --max_length 8 --stride 8", "stride must be in 1..7, got 8"),
     "length": (f"{SCORE} --max_length 65", "max_length must be in 2..64, got 65"),
@@ -113,7 +139,8 @@ def home(tmp_path_factory):
         "same": 1,
         "real": 0.5,
     }
-    (folder / "rows.jsonl").write_text((json.dumps(row) + "\n") * 2)
+    rows = [{**row, "none": "a"}, {**row, "none": None}]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -125,6 +152,59 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(case, home, tmp_path
     where = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "--cache_dir", str(tmp_path / "cache")]
     with pytest.raises(ValueError, match=message):
         module.main([*given, *where])
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+def test_a_file_of_arguments_means_what_flags_mean(suffix, home, tmp_path):
+    arguments = importlib.import_module("arguments")
+    given = {
+        "model_type": "insnext",
+        "tokenizer_name": "x",
+        "config_overrides": {"hidden_size": 8},
+        "train_file": str(home / "rows.jsonl"),
+        "order": {"uniform": 1.0},
+        "context_step_weight": None,
+        "lora_target_modules": ["q_proj", "v_proj"],
+        "adapter": "lora",
+        "output_dir": str(tmp_path),
+        "max_steps": 5,
+        "use_cpu": True,
+    }
+    text = json.dumps(given) if suffix == ".json" else yaml.safe_dump(given)
+    # YAML reads 3e-3 as a string
+    text = text[:-1] + ', "learning_rate": 3e-3}' if suffix == ".json" else f"{text}learning_rate: 3e-3\n"
+    path = tmp_path / f"arguments{suffix}"
+    path.write_text(text)
+    names = ("ModelArguments", "DataArguments", "InsertionArguments", "AdapterArguments")
+    classes = [*(getattr(arguments, name) for name in names), TrainingArguments]
+    model, data, insertion, adapter, training = arguments.parse(*classes, args=[str(path), "--max_steps", "2"])
+    assert json.loads(model.config_overrides) == {"hidden_size": 8} and insertion.order_spec == {"uniform": 1.0}
+    assert insertion.context_step_weight is None and adapter.lora_target_modules == ["q_proj", "v_proj"]
+    assert (training.learning_rate, training.max_steps, training.use_cpu) == (3e-3, 2, True)
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="a file of arguments must hold an object, got list"):
+        arguments.parse(*classes, args=[str(path)])
+
+
+def test_a_text_that_spells_a_special_token_means_its_letters():
+    from test_run_scripts import tiny_tokenizer
+
+    tokenizer, text = tiny_tokenizer(), "the <pad> cat </s> sees"
+    assert {0, 2} <= set(tokenizer(text)["input_ids"])
+    pretraining, classification, choice = map(
+        importlib.import_module, ("run_pretraining", "run_classification", "run_multiple_choice")
+    )
+    made = pretraining.insertion_texts(tokenizer, "text", "documents", 64)({"text": [text]})["input_ids"]
+    made += [ids[:-1] for ids in pretraining.joined_rows(tokenizer, "text", 8)({"text": [text]})["input_ids"]]
+    made += classification.encode(classification.ClassificationArguments(["a"]), tokenizer, {"a": [text]})
+    row = {"query": [text], "choices": [[text, text]], "gold": [0]}
+    examples = choice.examples(choice.MultipleChoiceArguments(), tokenizer, 2)(row, [0])
+    assert examples["length"] == [max(map(len, examples["choice_ids"][0]))]
+    made += examples["choice_ids"][0]
+    assert len(made) > 4 and not any({0, 2} & set(ids) for ids in made)
+    pair = classification.ClassificationArguments(["a", "b"])
+    (ids,) = classification.encode(pair, tokenizer, {"a": [text], "b": [text]})
+    assert ids.count(2) == 1 and 0 not in ids
 
 
 def test_matthews_is_the_correlation_of_two_classes_and_knows_more():

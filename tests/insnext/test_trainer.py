@@ -32,7 +32,7 @@ def collator(**options):
 
 
 def insertion_trainer(folder, model=None, trainer_class=InsertionTrainer, data=None, collate=None, **options):
-    extra = {"eval_dataset": options.pop("eval_dataset")} if "eval_dataset" in options else {}
+    extra = {name: options.pop(name) for name in ("eval_dataset", "eval_data_collator") if name in options}
     return trainer_class(
         model=model or tiny_model(InsNextForInsertionLM),
         args=arguments(folder, **options),
@@ -386,3 +386,18 @@ def test_the_parts_of_one_data_set_do_not_leak_into_another(tmp_path):
     for name in ("loss", "position_loss", "token_loss"):
         assert predicted[f"test_{name}"] == metrics[f"eval_a_{name}"] != metrics[f"eval_b_{name}"]
         assert trainer.evaluate(second)[f"eval_{name}"] == metrics[f"eval_b_{name}"]
+
+
+def test_evaluation_may_draw_from_a_collator_of_its_own(tmp_path):
+    data, (first, second) = texts(4, seed=1), (collator(order=order) for order in ("uniform", "left_to_right"))
+    options = {"max_steps": 3, "num_train_epochs": 3, "eval_dataset": data}
+    alone = insertion_trainer(tmp_path, collate=second, eval_dataset=data).evaluate()["eval_loss"]
+    both = insertion_trainer(tmp_path, collate=first, eval_data_collator=second, **options)
+    assert both.evaluate()["eval_loss"] == alone
+    # the training draws are the other collator's, as without one for evaluation
+    both.train()
+    plain = insertion_trainer(tmp_path, collate=collator(order="uniform"), **options)
+    plain.train()
+    assert losses(both) == losses(plain)
+    # control: the orders have other losses
+    assert plain.evaluate()["eval_loss"] != both.evaluate()["eval_loss"]

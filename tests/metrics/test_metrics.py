@@ -87,6 +87,11 @@ def test_coverage_by_hand(load):
         ("hot doggy", "hot dog", False),
         ("photo dog", "to dog", False),
         ("the cafe\u0301", "café", True),
+        ("the DOG’S tail", "dog's", True),
+        ("the dog's tail", "dog’s", True),
+        ("犬が走る", "犬", True),
+        ("我的iPhone很好", "iphone", True),
+        ("犬小屋x", "x", True),
         ("c.t", "c.t", True),
         ("cat", "c.t", False),
         ("it costs $5", "$5", True),
@@ -109,6 +114,7 @@ def test_a_keyword_counts_as_a_whole_word_only(load, text, keyword, found):
         ("stop", "stopped", True),
         ("stop", "stoping", True),
         ("show", "showwed", False),
+        ("equip", "equipped", True),
         ("run", "running", True),
         ("run", "ran", False),
         ("cat", "concatenated", False),
@@ -156,7 +162,12 @@ def test_distinct_by_hand(load):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"n": 0}, "n must be at least 1"), ({"n": 3}, "at most 2"), ({"level": "row"}, "level must be one of")],
+    [
+        ({"n": 0}, "at least 1, or several, got 0"),
+        ({"n": 2.0}, "n must be an integer .*got 2.0"),
+        ({"n": 3}, "at most 2"),
+        ({"level": "row"}, "level must be one of"),
+    ],
 )
 def test_distinct_refuses_what_has_no_value(load, options, message):
     with pytest.raises(ValueError, match=message):
@@ -211,6 +222,10 @@ def test_infill_compares_case_unless_told(load):
     args = ("a Cat runs", "a cat runs", "a ___ runs")
     assert infill(load, *args)["exact_gap"] == 0
     assert infill(load, *args, ignore_case=True) == {"exact_gap": 1, "exact_text": 1, "kept": 1}
+
+
+def test_infill_compares_composed_letters(load):
+    assert infill(load, "café is cafe\u0301", "cafe\u0301 is café", "café is ___")["exact_text"] == 1
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ Returns:
     distinct_<n>: One number for each order. Texts shorter than n tokens have no n-gram and do not count.
 
 Raises:
-    ValueError: If an order is below 1, no text has an n-gram of that order, or the level does not exist.
+    ValueError: If an order is no integer of at least 1, no text has an n-gram of that order, or the level does not
+        exist.
 """
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
@@ -47,14 +48,14 @@ class DistinctN(evaluate.Metric):
         if level not in LEVELS:
             raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
         texts = [TOKEN.findall(text.lower() if lowercase else text) for text in predictions]
-        orders = [n] if isinstance(n, int) else list(n)
+        orders = list(n) if hasattr(n, "__iter__") else [n]
         return {f"distinct_{order}": distinct(texts, order, level) for order in orders}
 
 
 def distinct(texts: list[list[str]], order: int, level: str) -> float:
     """Return the share of different n-grams of one order."""
-    if order < 1:
-        raise ValueError(f"n must be at least 1, got {order}")
+    if type(order) is not int or order < 1:
+        raise ValueError(f"n must be an integer of at least 1, or several, got {order!r}")
     grams = [list(zip(*(tokens[i:] for i in range(order)), strict=False)) for tokens in texts]
     if level == "corpus":
         grams = [[gram for row in grams for gram in row]]

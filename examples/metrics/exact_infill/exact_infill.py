@@ -1,6 +1,7 @@
 """Exact infill: which share of the gaps of a text was filled with the very words that stood there."""
 
 import re
+import unicodedata
 from itertools import pairwise
 from operator import eq
 
@@ -16,10 +17,10 @@ punctuation in gap g of prediction i and r_ig those in the reference,
     exact_text = |{i : prediction i = reference i}| / number of texts
     kept       = |{i : prediction i still holds the template's given text}| / number of texts
 
-All are in [0, 1]. Letters are compared with their case; white space counts only between two words, so "sea ." is
-"sea.". Where a text can be read in more than one way ("the ___ the ___" in "the the the"), a gap is as short as it can
-be, the leftmost first, in predictions and references alike. Every gap of a prediction that lost the given text is
-wrong. A gap may be empty, and lie in a word ("un___able").
+All are in [0, 1]. Letters are compared with their case, in Unicode's composed form; white space counts only between
+two words, so "sea ." is "sea.". Where a text can be read in more than one way ("the ___ the ___" in "the the the"), a
+gap is as short as it can be, the leftmost first, in predictions and references alike. Every gap of a prediction that
+lost the given text is wrong. A gap may be empty, and lie in a word ("un___able").
 """
 
 INPUTS = """
@@ -81,6 +82,7 @@ class ExactInfill(evaluate.Metric):
         for text, truth, template in zip(predictions, references, templates, strict=True):
             if not MARK.search(template):
                 raise ValueError(f"a template needs a mark ___, got {template!r}")
+            text, truth, template = (unicodedata.normalize("NFC", one) for one in (text, truth, template))
             if ignore_case:
                 text, truth, template = text.lower(), truth.lower(), template.lower()
             right = gaps(template, truth)
