@@ -5,7 +5,9 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from helpers_hub import tiny_model, tiny_tokenizer
+from packaging.version import Version
 from transformers import pipeline
 from transformers.utils import logging as transformers_logging
 
@@ -18,6 +20,8 @@ from modeling_insnext import (
 
 
 PROMPTS = ["the old man and", "sea"]
+# there pipelines of any model, a Llama's too, put options of their own beside what is asked for, and warn of them
+OLD = Version(transformers.__version__) < Version("5.23")
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +36,7 @@ def silence():
         warnings.simplefilter("error")
         yield records
     logger.removeHandler(handler)
-    assert [text for text in records if "tokenizer parallelism" not in text] == []
+    assert OLD or [text for text in records if "tokenizer parallelism" not in text] == []
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,8 @@ def test_a_prompt_is_continued(writer, left_to_right):
 
 @pytest.mark.parametrize("options", [{}, {"max_length": 12}, {"min_new_tokens": 3, "max_new_tokens": 6}], ids=str)
 def test_lengths(writer, options):
+    if OLD and "max_length" in options:
+        pytest.skip("a pipeline's own max_new_tokens goes before max_length there")
     torch.manual_seed(0)
     (answer,) = writer("the old", return_tensors=True, **options)
     length = len(answer["generated_token_ids"])
