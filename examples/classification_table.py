@@ -121,8 +121,9 @@ def main(args: list[str] | None = None) -> dict:
             method: [run_one(table_args, name, method, seed) for seed in table_args.seeds]
             for method in methods(table_args.checkpoint, task)
         }
+    command = shlex.join(["python", "examples/classification_table.py", *(args or sys.argv[1:])])
     report = {
-        "command": shlex.join(["python", "examples/classification_table.py", *(args or sys.argv[1:])]),
+        "command": command.replace(table_args.data_dir, "DATA"),
         "environment": environment(seeds=table_args.seeds),
         "tasks": {name: asdict(task) for name, task in TASKS.items()},
         "results": results,

@@ -118,8 +118,9 @@ def main(args: list[str] | None = None) -> dict:
     (table_args,) = parse(CommonGenArguments, args=args)
     lines = (Path(table_args.data_dir) / "commongen" / "dev.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line][: table_args.concept_sets]
+    command = shlex.join(["python", "examples/commongen_table.py", *(args or sys.argv[1:])])
     report = {
-        "command": shlex.join(["python", "examples/commongen_table.py", *(args or sys.argv[1:])]),
+        "command": command.replace(table_args.data_dir, "DATA"),
         "results": measure(table_args, rows),
     }
     report["environment"] = environment(sets=len(rows), steps=table_args.max_steps, seed=table_args.seed)
