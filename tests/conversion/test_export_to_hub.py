@@ -202,7 +202,7 @@ def test_the_probe_reaches_behind_the_window_where_drt_retrieves():
         ({"text": "# Mine\n"}, "a card needs a license, got none"),
         ({"text": "---\nlicense: [mit\n---\n"}, "must begin with metadata in YAML, or none, got ParserError"),
         (
-            {"license": "mit", "base_model": "/home/me/model"},
+            {"license": "mit", "base_model": "/models/mine"},
             "base_model must be a name on the Hub, got '/home",
         ),
         ({"license": "mit", "base_model": "tests/conversion"}, "a place on this machine: tests/conversion"),
@@ -277,7 +277,7 @@ def test_a_command_line_is_refused_before_anything_is_read(tmp_path, monkeypatch
         (["new", "--license", "mit", "--push", "a/b/c"], "--push must be a name on the Hub, got 'a/b/c'"),
         (["new", "--license", "mit", "--push", ""], "--push must be a name on the Hub, got ''"),
         (["new", "--license", "mit", "--push", "tiny"], "--push must be OWNER/NAME, got tiny"),
-        (["new", "--license", "mit", "--base_model", "/home/me/model"], "'/home/me/model'"),
+        (["new", "--license", "mit", "--base_model", "/models/mine"], "'/models/mine'"),
         (["new", "--license", "mit", "--card", "absent.md"], "No such file or directory: 'absent.md'"),
         (["new", "--license", "mit", "--results", tmp_path / "results.json"], "results.json must hold JSON"),
     ):
