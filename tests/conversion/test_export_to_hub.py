@@ -203,7 +203,7 @@ def test_the_probe_reaches_behind_the_window_where_drt_retrieves():
         ({"text": "---\nlicense: [mit\n---\n"}, "must begin with metadata in YAML, or none, got ParserError"),
         (
             {"license": "mit", "base_model": "/models/mine"},
-            "base_model must be a name on the Hub, got '/home",
+            "base_model must be a name on the Hub, got '/models",
         ),
         ({"license": "mit", "base_model": "tests/conversion"}, "a place on this machine: tests/conversion"),
     ],
