@@ -8,15 +8,13 @@ not run again: interrupted, the same command goes on.
 """
 
 import json
-import shlex
-import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 
 import run_classification
 from arguments import parse
-from report import environment, write_report
+from report import command, environment, write_report
 
 from modeling_insnext.data import wilson_interval
 
@@ -121,9 +119,8 @@ def main(args: list[str] | None = None) -> dict:
             method: [run_one(table_args, name, method, seed) for seed in table_args.seeds]
             for method in methods(table_args.checkpoint, task)
         }
-    command = shlex.join(["python", "examples/classification_table.py", *(args or sys.argv[1:])])
     report = {
-        "command": command.replace(table_args.data_dir, "DATA"),
+        "command": command(__file__, args, table_args.data_dir),
         "environment": environment(seeds=table_args.seeds),
         "tasks": {name: asdict(task) for name, task in TASKS.items()},
         "results": results,

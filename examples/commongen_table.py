@@ -10,8 +10,6 @@ pre-trained model has seen in its mixture. A training that ended is not run agai
 """
 
 import json
-import shlex
-import sys
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 from arguments import parse
 from evaluate_insnext import WRITING, judge_texts, write_texts
 from peft import PeftModel
-from report import environment, write_report
+from report import command, environment, write_report
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
 from transformers import AutoTokenizer
@@ -118,9 +116,8 @@ def main(args: list[str] | None = None) -> dict:
     (table_args,) = parse(CommonGenArguments, args=args)
     lines = (Path(table_args.data_dir) / "commongen" / "dev.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [json.loads(line) for line in lines if line][: table_args.concept_sets]
-    command = shlex.join(["python", "examples/commongen_table.py", *(args or sys.argv[1:])])
     report = {
-        "command": command.replace(table_args.data_dir, "DATA"),
+        "command": command(__file__, args, table_args.data_dir),
         "results": measure(table_args, rows),
     }
     report["environment"] = environment(sets=len(rows), steps=table_args.max_steps, seed=table_args.seed)

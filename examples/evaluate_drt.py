@@ -10,15 +10,13 @@ models are compared. Decoding: a text of that length is read once (chunk memory 
 what the complete chunks must take: two vectors of all key heads a token.
 """
 
-import shlex
-import sys
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from needle_in_a_haystack import load
-from report import environment, write_report
+from report import command, environment, write_report
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -151,7 +149,7 @@ def main(arguments: Arguments) -> None:
     models = [load(argument) for argument in arguments.models]
     text = np.load(arguments.text, mmap_mode="r")
     report = {
-        "command": shlex.join(["python", "examples/evaluate_drt.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "environment": environment(threads=torch.get_num_threads()),
         "contexts": arguments.contexts,
         "perplexity": perplexities(models, text, arguments),

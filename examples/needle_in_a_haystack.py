@@ -14,8 +14,6 @@ Models without retrieval see a window a layer and nothing else: they read only t
 """
 
 import json
-import shlex
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +21,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from report import environment, write_report
+from report import command, environment, write_report
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -167,7 +165,7 @@ def main(arguments: Arguments) -> None:
                     results.setdefault(name, {}).setdefault(kind, {})[str(length)] = cell
                     progress.write(f"{name} {kind} {length:,}: {in_words(cell['exact'])}")
     report = {
-        "command": shlex.join(["python", "examples/needle_in_a_haystack.py", *sys.argv[1:]]),
+        "command": command(__file__),
         "environment": environment(threads=torch.get_num_threads()),
         "kinds": arguments.kinds,
         "lengths": arguments.lengths,

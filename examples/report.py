@@ -2,6 +2,8 @@
 
 import json
 import platform
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -23,6 +25,18 @@ def environment(**more) -> dict:
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def command(script: str, args: list[str] | None = None, data_dir: str | None = None) -> str:
+    """Return the command that runs a script of this folder, by default with this process's arguments.
+
+    Args:
+        script: Its file.
+        args: Its arguments, if it was called.
+        data_dir: Folder that the command names DATA: where it lies is each reader's own.
+    """
+    line = shlex.join(["python", f"examples/{Path(script).name}", *(args or sys.argv[1:])])
+    return line if data_dir is None else line.replace(data_dir, "DATA")
 
 
 def write_atomically(path: str | Path, text: str) -> None:

@@ -13,8 +13,6 @@ modeling_insnext/data/star_graphs.py.
 import json
 import os
 import platform
-import shlex
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from report import write_atomically
+from report import command, write_atomically
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from modeling_insnext import InsNextConfig, InsNextForInsertionLM
@@ -99,7 +97,7 @@ def train(args: StarArguments, training: TrainingArguments) -> InsNextForInserti
     started = time.time()
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     record = {
-        "command": command(),
+        "command": command(__file__),
         "steps": trainer.state.global_step,
         "batch_size": training.train_batch_size,
         "learning_rate": training.learning_rate,
@@ -238,7 +236,7 @@ def evaluate(model, kind: str, args: StarArguments, training: TrainingArguments)
         "modes": modes,
         "next_insertion": next_insertion_losses(model, list(map(graph_text, graphs)), args.order, batch_size),
         "eval_seconds": round(time.time() - started),
-        "eval_command": command(),
+        "eval_command": command(__file__),
         "versions": {
             "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
         },
@@ -294,10 +292,6 @@ def markdown(rows: list[dict]) -> str:
         lines.append(f"{names[id(row)]} {size} | {row['test_size']:,} | {row['machine']} |")
     commands = dict.fromkeys(row["training"]["command"] for row in rows)
     return "\n".join([*lines, "", "```", *commands, "```", ""])
-
-
-def command() -> str:
-    return shlex.join(["python", "examples/star_graphs.py", *sys.argv[1:]])
 
 
 def main():

@@ -10,15 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
+from script_models import CLASSES, SHAPES, losses, row, tiny_tokenizer, weights
 from script_runner import EXAMPLES, FORKS, enter_group, free_port, run, run_group
-from test_run_scripts import SHAPES, losses, row, tiny_tokenizer, weights
-
-from modeling_insnext import DrtConfig, DrtForCausalLM, InsNextConfig, InsNextForInsertionLM
 
 
 # every chunk is retrieved, so that the noise on the choice, which each process draws for itself, changes nothing
 SHAPES = {**SHAPES, "drt": {**SHAPES["drt"], "num_retrieved_chunks": 6}}
-CLASSES = {"insnext": (InsNextConfig, InsNextForInsertionLM), "drt": (DrtConfig, DrtForCausalLM)}
 WRAPPED = {"insnext": {"InsNextBlock"}, "drt": {"DrtLayer", "DrtChunkEncoder"}}
 TRAIN = "--do_train --max_steps 4 --logging_steps 1 --save_strategy no --learning_rate 1e-2 --use_cpu".split()
 CONFIGS = sorted((EXAMPLES / "accelerate").glob("*.yaml"))

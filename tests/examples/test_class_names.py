@@ -9,10 +9,8 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from test_run_scripts import SHAPES, tiny_tokenizer
+from script_models import save_tiny_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
-
-from modeling_insnext import InsNextConfig, InsNextForInsertionLM
 
 
 QUIET = "--use_cpu --report_to none --disable_tqdm true --save_strategy no --text_columns text --max_steps 1".split()
@@ -23,10 +21,8 @@ STILL = ["--do_train", "--learning_rate", "0"]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A language model, rows whose labels are names or numbers, and the same as a data set with a `ClassLabel`."""
-    folder, tokenizer = tmp_path_factory.mktemp("classes"), tiny_tokenizer()
-    torch.manual_seed(0)
-    InsNextForInsertionLM(InsNextConfig(**SHAPES["insnext"], vocab_size=len(tokenizer))).save_pretrained(folder / "lm")
-    tokenizer.save_pretrained(folder / "lm")
+    folder = tmp_path_factory.mktemp("classes")
+    save_tiny_model("insnext", folder / "lm")
     kinds = {"names": ["yes", "no"], "numbers": [0, 1], "others": ["bad", "good"], "three": ["bad", "good", "fair"]}
     for kind, labels in kinds.items():
         rows = [{"text": f"the dog {number}", "label": labels[number % len(labels)]} for number in range(6)]

@@ -8,23 +8,16 @@ import run_finetuning
 import torch
 from common import write_lines
 from datasets import Dataset, DatasetDict
-from test_run_scripts import SHAPES, tiny_tokenizer
+from script_models import CLASSES, SHAPES, tiny_model, tiny_tokenizer
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
-from modeling_insnext import DrtConfig, DrtForCausalLM, InsNextConfig, InsNextForInsertionLM
+from modeling_insnext import InsNextConfig
 
 
-CLASSES = {"insnext": (InsNextConfig, InsNextForInsertionLM), "drt": (DrtConfig, DrtForCausalLM)}
 ROWS = {
     "prompt": ["the dog", "a cat sees", "the " * 30],
     "completion": ["runs", "the old man and the sea and the house", "sleeps"],
 }
-
-
-def tiny_model(name: str):
-    torch.manual_seed(0)
-    config_class, model_class = CLASSES[name]
-    return model_class(config_class(**SHAPES[name], vocab_size=320)).eval()
 
 
 def completion_rows(insnext: bool) -> dict:

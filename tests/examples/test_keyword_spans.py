@@ -2,7 +2,7 @@
 
 import pytest
 from prepare_corpus import keyword_spans
-from test_run_scripts import tiny_tokenizer
+from script_models import tiny_tokenizer
 
 
 @pytest.mark.parametrize(

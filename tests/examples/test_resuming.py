@@ -7,11 +7,8 @@ from types import SimpleNamespace
 import pytest
 import resume
 import run_pretraining
-import torch
-from test_run_scripts import SHAPES, tiny_tokenizer
+from script_models import save_tiny_model
 from transformers.trainer import TRAINER_STATE_NAME
-
-from modeling_insnext import InsNextConfig, InsNextForInsertionLM
 
 
 QUIET = "--use_cpu --report_to none --disable_tqdm true --stage sentences --block_size 32".split()
@@ -23,10 +20,8 @@ TEXTS = {
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    folder, tokenizer = tmp_path_factory.mktemp("resuming"), tiny_tokenizer()
-    torch.manual_seed(0)
-    InsNextForInsertionLM(InsNextConfig(**SHAPES["insnext"], vocab_size=len(tokenizer))).save_pretrained(folder / "lm")
-    tokenizer.save_pretrained(folder / "lm")
+    folder = tmp_path_factory.mktemp("resuming")
+    save_tiny_model("insnext", folder / "lm")
     for split, texts in TEXTS.items():
         rows = [{"text": text, "body": text} for text in texts]
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -11,28 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModel
-from safetensors.torch import load_file
+from script_models import SHAPES, losses, row, save_tiny_model, weights
 from script_runner import run
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoModelForMultipleChoice, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
-from modeling_insnext import DrtConfig, DrtForCausalLM, InsNextConfig, InsNextForInsertionLM
+from modeling_insnext import DrtForCausalLM, InsNextForInsertionLM
 
 
-WORDS = "the a old young man woman dog cat sea ball runs sleeps sees finds big red house and".split()
-SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "initializer_range": 0.2}
-SHAPES = {
-    "insnext": {**SIZES, "num_hidden_layers": 2, "max_position_embeddings": 128},
-    "drt": {
-        **SIZES,
-        "num_lower_layers": 1,
-        "retrieval_groups": [1],
-        "num_encoder_layers": 1,
-        "chunk_size": 4,
-        "num_retrieved_chunks": 2,
-        "sliding_window": 8,
-    },
-}
 STEPS = 7
 TRAIN = f"--do_train --max_steps {STEPS} --save_steps 2 --logging_steps 1 --learning_rate 1e-2".split()
 QUIET = "--use_cpu --report_to none --disable_tqdm true --per_device_train_batch_size 4".split()
@@ -79,43 +64,6 @@ CASES = {
 }
 
 
-def sentence(dice: random.Random, length: int = 6) -> str:
-    return " ".join(dice.choices(WORDS, k=length)).capitalize() + "."
-
-
-def row(dice: random.Random) -> dict:
-    texts = [sentence(dice) for _ in range(3)]
-    label = dice.randint(0, 1)
-    return {
-        "text": " ".join(texts),
-        "texts": texts,
-        "words": dice.sample(texts[0].rstrip(".").lower().split(), 2),
-        "prompt": sentence(dice, 3),
-        "completion": sentence(dice, 2),
-        "label": label,
-        "kind": ["no", "yes"][label],
-        "query": sentence(dice, 3),
-        "choices": ["the dog", "a cat", "red"],
-        "gold": label,
-    }
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=320,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)] * 9, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     """A folder with data, a tokenizer and a checkpoint of each model type."""
@@ -125,14 +73,8 @@ def home(tmp_path_factory) -> Path:
         # a column that the other files lack
         rows = [{**row(dice), name: 1} for _ in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
-    tokenizer = tiny_tokenizer()
-    for name, config_class, model_class in (
-        ("insnext", InsNextConfig, InsNextForInsertionLM),
-        ("drt", DrtConfig, DrtForCausalLM),
-    ):
-        torch.manual_seed(0)
-        model_class(config_class(**SHAPES[name], vocab_size=len(tokenizer))).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    for name in SHAPES:
+        save_tiny_model(name, folder / name)
     return folder
 
 
@@ -148,15 +90,6 @@ def arguments(home: Path, output_dir: Path, case: str) -> tuple[str, list[str]]:
         data += ["--test_file", str(home / "test.jsonl")]
     where = ["--output_dir", str(output_dir), "--cache_dir", str(home / "cache")]
     return script, [*model, *data, *options.split(), *where, *TRAIN, *QUIET]
-
-
-def losses(output_dir: Path) -> list[tuple]:
-    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
-    return [(entry["step"], entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry]
-
-
-def weights(output_dir: Path) -> dict[str, torch.Tensor]:
-    return {name: t for path in output_dir.glob("*.safetensors") for name, t in load_file(path).items()}
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -6,7 +6,7 @@ import os
 import pytest
 import run_scoring
 from arguments import ModelArguments
-from test_run_scripts import tiny_tokenizer
+from script_models import tiny_tokenizer
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import yaml
+from script_models import tiny_tokenizer
 from transformers import TrainingArguments
 
 from modeling_insnext import DrtConfig, InsNextConfig
@@ -121,8 +122,6 @@ BAD = {
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A folder with configurations, a tokenizer and rows; there is no model in it, so nothing can begin."""
-    from test_run_scripts import tiny_tokenizer
-
     folder = tmp_path_factory.mktemp("arguments")
     for name, config in (
         ("insnext", InsNextConfig(vocab_size=320, max_position_embeddings=64)),
@@ -187,8 +186,6 @@ def test_a_file_of_arguments_means_what_flags_mean(suffix, home, tmp_path):
 
 
 def test_a_text_that_spells_a_special_token_means_its_letters():
-    from test_run_scripts import tiny_tokenizer
-
     tokenizer, text = tiny_tokenizer(), "the <pad> cat </s> sees"
     assert {0, 2} <= set(tokenizer(text)["input_ids"])
     pretraining, classification, choice = map(
@@ -220,8 +217,6 @@ def test_matthews_is_the_correlation_of_two_classes_and_knows_more():
 
 
 def test_a_pair_keeps_both_texts_where_it_is_cut():
-    from test_run_scripts import tiny_tokenizer
-
     module, tokenizer = importlib.import_module("run_classification"), tiny_tokenizer()
     args = module.ClassificationArguments(text_columns=["a", "b"], max_length=9)
     long, short = "the old man sees the big dog and the cat", "a cat"
@@ -237,8 +232,6 @@ def test_a_pair_keeps_both_texts_where_it_is_cut():
 def test_windows_score_every_token_once(tmp_path):
     data = tmp_path / "a.txt"
     data.touch()
-    from test_run_scripts import tiny_tokenizer
-
     module, tokenizer = importlib.import_module("run_scoring"), tiny_tokenizer()
     texts = ["the old man " * n for n in (1, 5, 9)]
     for length, stride in ((8, 3), (5, 4), (64, 1)):

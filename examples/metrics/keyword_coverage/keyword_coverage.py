@@ -65,8 +65,9 @@ class KeywordCoverage(evaluate.Metric):
         missing = []
         for text, row in zip(predictions, references, strict=True):
             text = composed(text)
-            patterns = {word: keyword_pattern(word, inflected, more) for word in row}
-            missing.append([word for word in row if not any(keyword_matches(patterns[word], text))])
+            missing.append(
+                [word for word in row if not any(keyword_matches(keyword_pattern(word, inflected, more), text))]
+            )
         return {
             "coverage": 1 - sum(map(len, missing)) / len(keywords),
             "complete": sum(not row for row in missing) / len(missing),
