@@ -9,7 +9,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "modeling_insnext" / "__i
     1
 ]
 
-PACKAGES = ["modeling_insnext", "modeling_insnext.insnext", "modeling_insnext.drt", "modeling_insnext.data"]
+PACKAGES = ["modeling_insnext", *(f"modeling_insnext.{room}" for room in ("insnext", "drt", "data", "tasks"))]
 PACKAGE_DIR = {"modeling_insnext": "modeling_insnext"}
 # the folder kernels/ itself is no package: one named `kernels` would shadow the library that transformers imports
 if (HERE / "kernels" / "insnext_kernels").is_dir():

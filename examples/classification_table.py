@@ -16,7 +16,7 @@ import run_classification
 from arguments import parse
 from report import command, environment, write_report
 
-from modeling_insnext.data import wilson_interval
+from modeling_insnext.tasks import wilson_interval
 
 
 @dataclass(frozen=True)

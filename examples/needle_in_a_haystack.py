@@ -4,7 +4,7 @@
         --haystack data/books/valid.npy --lengths 1024 4096 16384 65536 262144 1048576 \
         --samples 100 100 100 100 40 20 --output examples/results/needles
 
-A text of `length` tokens with its needle and one question (modeling_insnext.data.needles) is read by `prefill`, in
+A text of `length` tokens with its needle and one question (modeling_insnext.tasks.needles) is read by `prefill`, in
 segments and with the upper layers on its end only, which is exact; then the answer is asked for. `exact` is the share
 of whole answers, every token greedily right; `published` scores as DRT's authors do: the first token of a passkey or
 value, the last one of a chain given the others. Every figure comes with n and its 95 % Wilson interval. Chunk memory
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from modeling_insnext import ChunkMemoryCache
-from modeling_insnext.data import NEEDLE_KINDS, NeedleTally, NeedleTask, draw_needles, needle_scores
+from modeling_insnext.tasks import NEEDLE_KINDS, NeedleTally, NeedleTask, draw_needles, needle_scores
 
 
 @dataclass

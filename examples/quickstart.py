@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 from transformers.utils import logging
 
 from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, word_start_table
-from modeling_insnext.trainer import InsertionTrainer
+from modeling_insnext.insertion_trainer import InsertionTrainer
 
 
 CHECKPOINT = Path(__file__).parent / "checkpoints" / "insnext-mini"

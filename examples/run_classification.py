@@ -44,7 +44,7 @@ from resume import note_arguments
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
 from transformers.utils import CONFIG_NAME, cached_file
 
-from modeling_insnext.data import wilson_interval
+from modeling_insnext.tasks import wilson_interval
 
 
 CLASS_NAMES = "id2label.json"

@@ -61,8 +61,8 @@ from resume import note_arguments
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from modeling_insnext.insnext.canvas_insnext import build_canvas, canvas_from_ids, validate_canvas
-from modeling_insnext.trainer import InsertionTrainer
+from modeling_insnext.insertion_trainer import InsertionTrainer
+from modeling_insnext.insnext.canvas import build_canvas, canvas_from_ids, validate_canvas
 
 
 logger = logging.getLogger(__name__)

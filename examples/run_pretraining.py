@@ -40,7 +40,7 @@ from prepare_corpus import split_sentences
 from resume import note_arguments
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
 
-from modeling_insnext.trainer import InsertionTrainer
+from modeling_insnext.insertion_trainer import InsertionTrainer
 
 
 STAGES = ("sentences", "documents")

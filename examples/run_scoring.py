@@ -48,7 +48,7 @@ from report import write_atomically
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from modeling_insnext.data import wilson_interval
+from modeling_insnext.tasks import wilson_interval
 
 
 TASKS = ("perplexity", "multiple_choice")

@@ -7,7 +7,7 @@
 
 One model learns all kinds of `--graphs`. Training writes `output_dir/final`; evaluation reads it and puts a row for
 each kind into `--results`, a JSON file with tables in markdown beside it. The graphs and their texts:
-modeling_insnext/data/star_graphs.py.
+modeling_insnext/tasks/star_graphs.py.
 """
 
 import json
@@ -25,7 +25,8 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from modeling_insnext import InsNextConfig, InsNextForInsertionLM
 from modeling_insnext.data import ContextMixture, InsertionCollator
-from modeling_insnext.data.star_graphs import (
+from modeling_insnext.insertion_trainer import InsertionTrainer
+from modeling_insnext.tasks.star_graphs import (
     BOS,
     EOS,
     NUM_SPECIAL,
@@ -37,7 +38,6 @@ from modeling_insnext.data.star_graphs import (
     graph_text,
     star_texts,
 )
-from modeling_insnext.trainer import InsertionTrainer
 
 
 MODES = {

@@ -6,8 +6,8 @@
         --baseline sliding_window
 
 Rows are windows of one long text, `--length` tokens each, so nothing is padded. A batch holds books, with a loss on
-every token; needles (passkey, several keys, two hops: modeling_insnext.data.needles), with a loss on the answers; or a
-string of random ids twice, with a loss on the second, which soonest teaches to copy from what was retrieved. A small
+every token; needles (passkey, several keys, two hops: modeling_insnext.tasks.needles), with a loss on the answers; or
+a string of random ids twice, with a loss on the second, which soonest teaches to copy from what was retrieved. A small
 model learns in stages: first to copy, from weights that are near it (`--copying_init`), in short rows of few distinct
 ids (`--id_range`); then to find, in longer rows, `--model_name_or_path` naming the stage before. The card of
 `examples/checkpoints/drt-mini` holds the commands that made it.
@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, IterableDataset
 from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from modeling_insnext import DrtConfig, DrtForCausalLM
-from modeling_insnext.data.needles import NeedleTask, draw_needles
+from modeling_insnext.tasks.needles import NeedleTask, draw_needles
 
 
 @dataclass

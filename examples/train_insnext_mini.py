@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set
 
 from modeling_insnext import InsNextConfig, InsNextForInsertionLM
 from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, sentence_end_table, word_start_table
-from modeling_insnext.trainer import InsertionTrainer
+from modeling_insnext.insertion_trainer import InsertionTrainer
 
 
 @dataclass

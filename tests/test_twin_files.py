@@ -12,17 +12,17 @@ PACKAGE = Path(modeling_insnext.__file__).parent
 
 
 def nameless(name: str, architecture: str) -> str:
-    text = (PACKAGE / architecture / f"{name}_{architecture}.py").read_text(encoding="utf-8")
+    text = (PACKAGE / architecture / f"{name}.py").read_text(encoding="utf-8")
     text = text.replace("modeling-insnext==", "the package==")
     for own in {"insnext": ("InsNeXt", "InsNext", "insnext"), "drt": ("DRT", "Drt", "drt")}[architecture]:
         text = text.replace(own, "NAME")
     return text
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "peft"])
+@pytest.mark.parametrize("name", ["checkpoint", "peft_targets"])
 def test_both_architectures_hold_the_same_file_but_for_their_names(name):
     assert nameless(name, "insnext") == nameless(name, "drt")
 
 
 def test_control_other_files_differ():
-    assert nameless("configuration", "insnext") != nameless("configuration", "drt")
+    assert nameless("cache", "insnext") != nameless("cache", "drt")

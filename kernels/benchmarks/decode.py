@@ -14,8 +14,8 @@ import torch
 from timing import DEVICE, Clock, ceilings, main, markdown, median_ms, synchronize
 
 from modeling_insnext import InsNextConfig, InsNextForInsertionLM
-from modeling_insnext.insnext.attention_insnext import Interval
-from modeling_insnext.insnext.cache_insnext import InsertionCache
+from modeling_insnext.insnext.attention import Interval
+from modeling_insnext.insnext.cache import InsertionCache
 
 
 GOALS = {"step_ms": 1.0, "ebr_share": 0.15}  # at batch 1

@@ -2,7 +2,7 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from .cache_drt import ChunkMemoryCache
+from .cache import ChunkMemoryCache
 from .configuration_drt import DrtConfig
 from .modeling_drt import DrtForCausalLM, DrtForSequenceClassification, DrtModel
 

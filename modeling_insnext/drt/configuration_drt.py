@@ -7,7 +7,7 @@ Source: Hu et al., "Efficient Length-Generalizable Attention via Causal Retrieva
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .peft_drt import register_adapter_targets
+from .peft_targets import register_adapter_targets
 
 
 # of the code that stands beside a checkpoint: the version of the package

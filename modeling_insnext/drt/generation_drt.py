@@ -5,7 +5,7 @@ from tqdm.auto import tqdm
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
-from .cache_drt import ChunkMemoryCache
+from .cache import ChunkMemoryCache
 
 
 CACHE_LOCATIONS = {None: "device", "dynamic": "device", "offloaded": "host"}

@@ -1,6 +1,6 @@
 """PyTorch DRT: a left-to-right transformer whose upper layers read chunks of the past that it retrieves itself.
 
-Shape suffixes: B rows, Q columns of the input, L slots (tokens and landmarks, layout_drt), C chunks that ask, K chunks
+Shape suffixes: B rows, Q columns of the input, L slots (tokens and landmarks, layout), C chunks that ask, K chunks
 found, N chunks in memory, H query heads, G key heads, S tokens a chunk, P positions a chunk, D width.
 
     tokens -> landmarks put in -> lower layers --+-- chunk encoder -> landmark l_i, keys K_i, values V_i of chunk i
@@ -28,16 +28,16 @@ from transformers.modeling_outputs import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from .attention_drt import Window
-from .cache_drt import ChunkMemoryCache
-from .checkpoint_drt import CheckedLoadingMixin
+from .attention import Window
+from .cache import ChunkMemoryCache
+from .checkpoint import CheckedLoadingMixin
 from .configuration_drt import CODE_VERSION, DrtConfig
 from .generation_drt import DrtGenerationMixin
-from .layers_drt import DrtChunkEncoder, DrtLayer, decoder_norm, window_backend
-from .layout_drt import Layout, build_layout, put_in, shift_rows, take_out
-from .memory_drt import ParallelMemory
-from .positions_drt import rope_frequencies, rotary_table, slot_positions
-from .retrieval_drt import Retrieved, best_chunks, chance, chunk_weights
+from .layers import DrtChunkEncoder, DrtLayer, decoder_norm, window_backend
+from .layout import Layout, build_layout, put_in, shift_rows, take_out
+from .memory import ParallelMemory
+from .positions import rope_frequencies, rotary_table, slot_positions
+from .retrieval import Retrieved, best_chunks, chance, chunk_weights
 
 
 AUTO_MAP = {

@@ -9,9 +9,9 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from .cache_insnext import InsertionCache
+from .cache import InsertionCache
 from .configuration_insnext import InsNextConfig
-from .generation_configuration_insnext import InsertionGenerationConfig
+from .generation_configuration import InsertionGenerationConfig
 from .modeling_insnext import (
     InsNextForInsertionLM,
     InsNextForMultipleChoice,
@@ -19,7 +19,7 @@ from .modeling_insnext import (
     InsNextForTokenClassification,
     InsNextModel,
 )
-from .trace_insnext import InsertionTrace
+from .trace import InsertionTrace
 
 
 AUTO_CLASSES = {

@@ -7,7 +7,7 @@ choice made here in their place is a field of :class:`InsNextConfig`.
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .peft_insnext import register_adapter_targets
+from .peft_targets import register_adapter_targets
 
 
 # of the code that stands beside a checkpoint: the version of the package
@@ -51,7 +51,7 @@ class InsNextConfig(PreTrainedConfig):
         alibi_slope_ratio: Factor on even heads' left and odd heads' right slope. 1 is the symmetric form, which cannot
             tell left from right.
         norm: `"rmsnorm"` or `"layernorm"` (pre-norm), `"deepnorm"` (post-norm with DeepNorm's scales,
-            arXiv:2203.00555) or `"post_layernorm"` (post-norm as in BERT); formulae: layers_insnext.
+            arXiv:2203.00555) or `"post_layernorm"` (post-norm as in BERT); formulae: layers.
         norm_bias: Whether LayerNorms have biases.
         embedding_norm: Whether the embeddings pass a norm; a pre-norm model then has none before its first attention.
         qk_norm: Whether every head's queries and keys pass an RMSNorm.

@@ -11,17 +11,17 @@ import torch
 from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 from transformers.generation import MaxTimeCriteria
 
-from .beam_insnext import beam_search
-from .canvas_insnext import build_canvas, canvas_from_ids, validate_canvas
-from .decoding_insnext import InsertionGenerateOutput, TokenRules, keep_left_padding, padding_token
-from .draft_insnext import Draft
-from .generation_configuration_insnext import (
+from .beam import beam_search
+from .canvas import build_canvas, canvas_from_ids, validate_canvas
+from .decoding import InsertionGenerateOutput, TokenRules, keep_left_padding, padding_token
+from .draft import Draft
+from .generation_configuration import (
     InsertionGenerationConfig,
     check_generation_kwargs,
     merge_generation_configs,
 )
-from .sampling_insnext import insert
-from .slots_insnext import token_logits
+from .sampling import insert
+from .slots import token_logits
 
 
 CANVAS_FIELDS = (
@@ -96,7 +96,7 @@ class InsertionGenerationMixin(GenerationMixin):
             text: One text or a batch; gaps open at the marks only, `___` by default. `___{2,5}` bounds the tokens of a
                 gap.
             keywords: Words or phrases, a list or a batch of lists. Phrases stay whole, gaps open around them.
-            **options: `gap`, `min_gap_tokens`, `max_gap_tokens`, `ordered`; see `canvas_insnext.build_canvas`. With
+            **options: `gap`, `min_gap_tokens`, `max_gap_tokens`, `ordered`; see `canvas.build_canvas`. With
                 `ordered=False` the model chooses the order of the keywords: each goes where its beginning is
                 likeliest.
 

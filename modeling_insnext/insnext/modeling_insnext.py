@@ -1,9 +1,9 @@
 """PyTorch InsNeXt: a transformer that writes text by insertion, one exact cached step a token.
 
 Shape suffixes: B rows, Q new tokens, K keys (cached and new), N tokens of an insertion sequence, T of a text, D hidden
-size, V vocabulary size. Notation, intervals and offsets: attention_insnext. Slots, STOP and the losses: slots_insnext.
+size, V vocabulary size. Notation, intervals and offsets: attention. Slots, STOP and the losses: slots.
 
-A block is h + Attention(RMSNorm(h)), then h + SwiGLU(RMSNorm(h)), without biases; other forms: layers_insnext.
+A block is h + Attention(RMSNorm(h)), then h + SwiGLU(RMSNorm(h)), without biases; other forms: layers.
 
 Sources: InsNet (arXiv:2102.11008), InsNeXt (OpenReview moqBBpMZ8w), ALiBi (arXiv:2108.12409).
 """
@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_insnext import (
+from .attention import (
     Interval,
     alibi_slopes,
     build_interval,
@@ -33,14 +33,14 @@ from .attention_insnext import (
     interval_backend,
     visible_keys,
 )
-from .cache_insnext import InsertionCache
-from .checkpoint_insnext import CheckedLoadingMixin
+from .cache import InsertionCache
+from .checkpoint import CheckedLoadingMixin
 from .configuration_insnext import CODE_VERSION, InsNextConfig
-from .generation_configuration_insnext import InsertionGenerationConfig
+from .generation_configuration import InsertionGenerationConfig
 from .generation_insnext import InsertionGenerationMixin
-from .layers_insnext import InsNextAttention, InsNextBlock, block_norm
-from .scoring_insnext import InsertionScoringMixin
-from .slots_insnext import InsNextSlotHead, Supervision, divisor, insertion_losses, mean_losses, token_logits
+from .layers import InsNextAttention, InsNextBlock, block_norm
+from .scoring import InsertionScoringMixin
+from .slots import InsNextSlotHead, Supervision, divisor, insertion_losses, mean_losses, token_logits
 
 
 AUTO_MAP = {

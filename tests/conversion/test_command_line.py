@@ -66,7 +66,7 @@ def test_llama_to_drt_and_back_from_the_shell(llama, tmp_path):
     assert "39 tensors converted" in done.stdout and "new: model.layers.3.cross_attn.o_proj.weight" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "drt")
     assert (model.config.retrieval_groups, model.config.chunk_size, model.config.num_lower_layers) == ([1, 1], 5, 2)
-    assert {"modeling_drt.py", "positions_drt.py", "tokenizer.json"} <= {p.name for p in (tmp_path / "drt").iterdir()}
+    assert {"modeling_drt.py", "positions.py", "tokenizer.json"} <= {p.name for p in (tmp_path / "drt").iterdir()}
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "drt")
     assert tokenizer("w7").input_ids == AutoTokenizer.from_pretrained(llama)("w7").input_ids == [7]
     assert stands_by_itself(tmp_path / "drt")

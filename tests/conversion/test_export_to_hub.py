@@ -11,10 +11,10 @@ from huggingface_hub import ModelCard
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file, save_file
 
-from conversion import export_to_hub
-from conversion.export_to_hub import export, main, read
-from conversion.model_card import CardFacts, model_card, read_results
-from conversion.verification import VerificationError, probe_ids, verify
+from conversion.publishing import export as export_to_hub
+from conversion.publishing.card import CardFacts, model_card, read_results
+from conversion.publishing.export import export, main, read
+from conversion.publishing.verification import VerificationError, probe_ids, verify
 from modeling_insnext import (
     DrtConfig,
     DrtForSequenceClassification,
@@ -179,10 +179,10 @@ def test_a_folder_that_fails_the_verification_is_not_left_behind(tmp_path, monke
 
     def forgetful(exported, folder, facts):
         write(exported, folder, facts)
-        (folder / "slots_insnext.py").unlink()
+        (folder / "slots.py").unlink()
 
     monkeypatch.setattr(export_to_hub, "write", forgetful)
-    with pytest.raises(VerificationError, match="slots_insnext.py"):
+    with pytest.raises(VerificationError, match="slots.py"):
         export(exported, tmp_path / "out" / "tiny", FACTS)
     assert list((tmp_path / "out").iterdir()) == []
 

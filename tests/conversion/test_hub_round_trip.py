@@ -11,9 +11,9 @@ from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load, save
 
-from conversion.export_to_hub import main, push, read, write
-from conversion.model_card import CardFacts
-from conversion.verification import VerificationError, verify
+from conversion.publishing.card import CardFacts
+from conversion.publishing.export import main, push, read, write
+from conversion.publishing.verification import VerificationError, verify
 
 
 PUSH = """
@@ -102,7 +102,7 @@ def change_a_number(path, content):
 
 
 def lose_a_file(path, content):
-    return None if path == "checkpoint_drt.py" else content
+    return None if path == "checkpoint.py" else content
 
 
 def lose_the_tokenizer(path, content):
@@ -114,7 +114,7 @@ def lose_the_tokenizer(path, content):
     [
         (lose_a_tensor, "missing model.norm.weight"),
         (change_a_number, "with other logits"),
-        (lose_a_file, "checkpoint_drt.py"),
+        (lose_a_file, "checkpoint.py"),
         (lose_the_tokenizer, "does not load in a clean process"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -9,7 +9,7 @@ from helpers_drt import padded, random_ids, read, tiny_model, whole
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_insnext import ChunkMemoryCache
-from modeling_insnext.drt.cache_drt import Tail
+from modeling_insnext.drt.cache import Tail
 
 
 LOCATIONS = ("device", "host", "disk")

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modeling_insnext import ChunkMemoryCache
-from modeling_insnext.drt import cache_file_drt
-from modeling_insnext.drt.cache_file_drt import decoder_of, read_header, weights_digest
+from modeling_insnext.drt import cache_file
+from modeling_insnext.drt.cache_file import decoder_of, read_header, weights_digest
 
 
 LOCATIONS = ("device", "host", "disk")
@@ -256,7 +256,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(moment, tmp_path
         else:
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(before), limits[1]))
         if moment == "write":
-            monkeypatch.setattr(cache_file_drt, "claim_space", lambda *args: None)
+            monkeypatch.setattr(cache_file, "claim_space", lambda *args: None)
         with pytest.raises((OSError, KeyboardInterrupt)) as caught:
             longer.save(path, model)
     finally:

@@ -163,11 +163,11 @@ def test_attention_can_be_switched_there(saved):
 
 def test_a_folder_with_a_file_missing_does_not_load(saved, tmp_path):
     for path in (saved[0] / "lm").iterdir():
-        if path.name != "layout_drt.py":
+        if path.name != "layout.py":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     code = (
         "import transformers\n"
         "transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, local_files_only=True)"
     )
     done = run_clean(code, tmp_path, str(tmp_path))
-    assert done.returncode != 0 and "layout_drt.py" in done.stderr
+    assert done.returncode != 0 and "layout.py" in done.stderr

@@ -5,7 +5,7 @@ import torch
 from helpers_drt import random_ids, read, tiny_model
 
 from modeling_insnext import ChunkMemoryCache, DrtForCausalLM
-from modeling_insnext.drt import kernels_drt
+from modeling_insnext.drt import attention_triton
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,6 +90,6 @@ def test_what_it_cannot_do_is_said(monkeypatch):
     wide = model_of("insnext_triton", hidden_size=512)
     with pytest.raises(ValueError, match="head dim of at most 128, got 256"):
         wide(ids)
-    monkeypatch.setattr(kernels_drt, "insertion_attention", None)
+    monkeypatch.setattr(attention_triton, "insertion_attention", None)
     with pytest.raises(ImportError, match="needs the package insnext_kernels"):
         model_of("insnext_triton")(ids)

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeling_insnext import ChunkMemoryCache
-from modeling_insnext.drt import memory_drt
+from modeling_insnext.drt import memory
 from modeling_insnext.drt.modeling_drt import DrtModel
-from modeling_insnext.drt.retrieval_drt import best_chunks
+from modeling_insnext.drt.retrieval import best_chunks
 
 
 CLOSE = 1e-9
@@ -242,9 +242,7 @@ def test_a_chunk_that_asks_for_itself_fails_the_check_of_decoding():
     model, ids = tiny_model(), random_ids(1, LENGTH)
 
     def patch(monkeypatch):
-        monkeypatch.setattr(
-            memory_drt, "best_chunks", lambda score, asking, *args: best_chunks(score, asking + 1, *args)
-        )
+        monkeypatch.setattr(memory, "best_chunks", lambda score, asking, *args: best_chunks(score, asking + 1, *args))
 
     assert segment_error(model, ids, [1], patch) > 1e-3
 

@@ -14,8 +14,8 @@ import torch
 from helpers_drt import random_ids, read, tiny_model, whole
 
 from modeling_insnext import ChunkMemoryCache
-from modeling_insnext.drt import memory_drt
-from modeling_insnext.drt.memory_drt import (
+from modeling_insnext.drt import memory
+from modeling_insnext.drt.memory import (
     ChunkMemory,
     DiskSlab,
     Fetch,
@@ -89,7 +89,7 @@ def test_chunks_are_read_where_they_were_written_across_extents(location):
 
 
 def test_extents_never_move_and_little_of_them_lies_idle(monkeypatch):
-    monkeypatch.setattr(memory_drt, "LARGEST_EXTENT", 100 * 160 * 8)
+    monkeypatch.setattr(memory, "LARGEST_EXTENT", 100 * 160 * 8)
     slab = HostSlab(CHUNK, torch.float64, "cpu")
     places, grown = [], []
     for count in range(1, 1200, 7):

@@ -7,8 +7,8 @@ import torch
 from helpers_drt import FORMS, GPT2, ROPE, random_ids, read, tiny_config, tiny_model, whole
 
 from modeling_insnext import ChunkMemoryCache, DrtConfig, DrtForCausalLM
-from modeling_insnext.drt import modeling_drt, positions_drt
-from modeling_insnext.drt.positions_drt import rope_frequencies, rotary_table
+from modeling_insnext.drt import modeling_drt, positions
+from modeling_insnext.drt.positions import rope_frequencies, rotary_table
 
 
 LONG = 10_000_000
@@ -36,7 +36,7 @@ def test_rotary_positions_stay_exact_at_ten_million():
 
 def test_only_differences_of_rotary_positions_matter(monkeypatch):
     model, ids = tiny_model(**ROPE), random_ids(2, 30)
-    expected, right = whole(model, ids), positions_drt.slot_positions
+    expected, right = whole(model, ids), positions.slot_positions
     monkeypatch.setattr(modeling_drt, "slot_positions", lambda *args: right(*args) + 1000)
     assert (whole(model, ids) - expected).abs().max() < 1e-9
     # control: positions twice as far apart

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_insnext import ChunkMemoryCache
-from modeling_insnext.drt import memory_drt, modeling_drt
-from modeling_insnext.drt.landmark_attention_drt import grouped_softmax
-from modeling_insnext.drt.retrieval_drt import (
+from modeling_insnext.drt import memory, modeling_drt
+from modeling_insnext.drt.landmark_attention import grouped_softmax
+from modeling_insnext.drt.retrieval import (
     best_chunks,
     chance,
     chunk_weights,
@@ -285,7 +285,7 @@ def test_blocks_change_nothing_in_a_model(k, monkeypatch):
     model, ids = tiny_model(num_retrieved_chunks=k, chunk_size=2), random_ids(2, 40)
     with torch.no_grad():
         expected = model(ids).logits
-        monkeypatch.setattr(memory_drt, "best_chunks", lambda *args: best_chunks(*args, block=3))
+        monkeypatch.setattr(memory, "best_chunks", lambda *args: best_chunks(*args, block=3))
         assert (model(ids).logits - expected).abs().max() < 1e-12
 
 

@@ -7,8 +7,8 @@ import torch
 from helpers_drt import padded, random_ids, read, tiny_model, whole
 
 from modeling_insnext import ChunkMemoryCache
-from modeling_insnext.drt import search_drt
-from modeling_insnext.drt.memory_drt import ChunkMemory
+from modeling_insnext.drt import search as search_module
+from modeling_insnext.drt.memory import ChunkMemory
 
 
 pytest.importorskip("faiss")
@@ -45,7 +45,7 @@ def test_chunks_that_are_newer_than_the_index_must_be_scored(monkeypatch):
     queries, asking = torch.randn(1, 20, 16), torch.arange(40, 60)[None]
     expected = exact.find(queries, asking, 4)
     assert torch.equal(faiss.find(queries, asking, 4), expected)
-    monkeypatch.setattr(search_drt, "wide_scores", lambda q, m: torch.full((1, q.shape[1], m.shape[1]), -torch.inf))
+    monkeypatch.setattr(search_module, "wide_scores", lambda q, m: torch.full((1, q.shape[1], m.shape[1]), -torch.inf))
     assert not torch.equal(faiss.find(queries, asking, 4), expected)
 
 
@@ -122,7 +122,7 @@ def test_with_faiss_no_landmark_is_on_the_device():
 def test_without_faiss_the_error_says_what_to_install(monkeypatch):
     config = tiny_model().config
     ChunkMemoryCache(config, search="faiss")
-    monkeypatch.setattr(search_drt, "faiss", None)
+    monkeypatch.setattr(search_module, "faiss", None)
     ChunkMemoryCache(config)
     with pytest.raises(ImportError, match=r'pip install "modeling-insnext\[faiss\]"'):
         ChunkMemoryCache(config, search="faiss")

@@ -5,8 +5,8 @@ import torch
 from helpers_drt import FORMS, ROPE, random_ids, tiny_model, whole
 from twin_drt import brute_force_logits
 
-from modeling_insnext.drt import attention_drt, layers_drt, memory_drt, modeling_drt
-from modeling_insnext.drt.retrieval_drt import best_chunks
+from modeling_insnext.drt import attention, layers, memory, modeling_drt
+from modeling_insnext.drt.retrieval import best_chunks
 
 
 SMALL = {"hidden_size": 16, "intermediate_size": 20, "num_lower_layers": 1, "chunk_size": 3, "sliding_window": 6}
@@ -96,16 +96,16 @@ def one_more_key(bias):
 
 
 CONTROLS = {
-    "a chunk asks for itself": (memory_drt, "best_chunks", lambda right: ask_for_oneself),
+    "a chunk asks for itself": (memory, "best_chunks", lambda right: ask_for_oneself),
     "no shift by one": (modeling_drt.DrtModel, "_retrieve", no_shift),
-    "a window of w + 1": (attention_drt, "_bias", one_more_key),
-    "unrotated chunks": (layers_drt, "rotate", lambda right: lambda x, theta: x),
+    "a window of w + 1": (attention, "_bias", one_more_key),
+    "unrotated chunks": (layers, "rotate", lambda right: lambda x, theta: x),
     "equal weights": (
         modeling_drt,
         "chunk_weights",
         lambda right: lambda scores, chunks: right(torch.zeros_like(scores), chunks),
     ),
-    "steeper slopes": (attention_drt, "alibi_slopes", lambda right: lambda *args: 2 * right(*args)),
+    "steeper slopes": (attention, "alibi_slopes", lambda right: lambda *args: 2 * right(*args)),
 }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["datasets", "peft", "transformers.trainer", "modeling_insnext.trainer"])
+FORKS.set_forkserver_preload(["datasets", "peft", "transformers.trainer", "modeling_insnext.insertion_trainer"])
 
 
 def kill_in_training(step: int) -> None:

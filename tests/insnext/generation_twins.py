@@ -4,8 +4,8 @@ import math
 
 import torch
 
-from modeling_insnext.insnext.attention_insnext import alibi_slopes
-from modeling_insnext.insnext.canvas_insnext import canvas_from_ids
+from modeling_insnext.insnext.attention import alibi_slopes
+from modeling_insnext.insnext.canvas import canvas_from_ids
 from modeling_insnext.insnext.configuration_insnext import InsNextConfig
 from modeling_insnext.insnext.modeling_insnext import InsNextForInsertionLM
 

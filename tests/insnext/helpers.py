@@ -6,8 +6,8 @@ import torch
 from hypothesis import strategies as st
 
 from modeling_insnext import InsNextConfig, InsNextForInsertionLM
-from modeling_insnext.insnext.attention_insnext import build_interval
-from modeling_insnext.insnext.slots_insnext import Supervision, insertion_losses
+from modeling_insnext.insnext.attention import build_interval
+from modeling_insnext.insnext.slots import Supervision, insertion_losses
 
 
 PAD, BOS, EOS = 0, 1, 2

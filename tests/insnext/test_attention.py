@@ -4,9 +4,9 @@ import pytest
 import torch
 from helpers import build_row, difference, random_ids, relative_error, tiny_model
 
-import modeling_insnext.insnext.attention_insnext as attention_insnext
+import modeling_insnext.insnext.attention as attention
 from modeling_insnext import InsNextModel
-from modeling_insnext.insnext.attention_insnext import (
+from modeling_insnext.insnext.attention import (
     INTERVAL_BACKENDS,
     dense_bias,
     eager_attention,
@@ -260,6 +260,6 @@ def test_flex_attention_compiled_for_one_shape_is_as_accurate_as_eager(monkeypat
     inputs = batch("blocks")
     exact = encode("eager", torch.float64, inputs)
     budget = 2 * relative_error(encode("eager", torch.float32, inputs), exact) + torch.finfo(torch.float32).eps
-    compiled = torch.compile(attention_insnext.uncompiled_flex_attention, dynamic=False)
-    monkeypatch.setattr(attention_insnext, "uncompiled_flex_attention", compiled)
+    compiled = torch.compile(attention.uncompiled_flex_attention, dynamic=False)
+    monkeypatch.setattr(attention, "uncompiled_flex_attention", compiled)
     assert relative_error(encode("flex_attention", torch.float32, inputs), exact) <= budget

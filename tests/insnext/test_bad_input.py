@@ -6,7 +6,7 @@ from helpers import tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from modeling_insnext import InsertionCache, InsNextConfig, InsNextForInsertionLM, InsNextModel
-from modeling_insnext.insnext.attention_insnext import build_interval
+from modeling_insnext.insnext.attention import build_interval
 
 
 IDS = torch.tensor([[1, 5, 6, 7]])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from generation_twins import BOS, TextTwin, canvas_of, tiny_model
 
-from modeling_insnext.insnext import beam_insnext
+from modeling_insnext.insnext import beam
 
 
 # three tokens that can be written
@@ -110,7 +110,7 @@ def test_control_without_merging_the_probabilities_are_too_small(monkeypatch):
     assert (
         abs(dict(searched(300, max_new_tokens=1, num_return_sequences=count))[BOS, 4, 4] - texts[BOS, 4, 4]) < FLOAT32
     )
-    monkeypatch.setattr(beam_insnext, "_logaddexp", max)
+    monkeypatch.setattr(beam, "_logaddexp", max)
     assert dict(searched(300, max_new_tokens=1, num_return_sequences=count))[BOS, 4, 4] < texts[BOS, 4, 4] - 1e-3
 
 
@@ -143,7 +143,7 @@ def test_early_stopping_ends_with_the_first_full_set_of_texts():
 
 def test_never_waits_for_a_text_that_several_hypotheses_lead_to():
     # two texts of 0.3 run, one of 0.45 has ended: together the two may become one of more than that
-    finished = beam_insnext.Finished(1)
+    finished = beam.Finished(1)
     finished.add((BOS,), math.log(0.45), 1, {})
     assert not finished.is_closed(math.log(0.6)) and finished.is_closed(math.log(0.3))
 

@@ -9,8 +9,8 @@ from generation_twins import BOS, EOS, PAD, VOCAB, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modeling_insnext.insnext import draft_insnext, sampling_insnext
-from modeling_insnext.insnext.canvas_insnext import canvas_from_ids
+from modeling_insnext.insnext import draft, sampling
+from modeling_insnext.insnext.canvas import canvas_from_ids
 
 
 MODEL = tiny_model(5, dtype=torch.float32, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
@@ -146,13 +146,13 @@ BREAKS = {
 
 
 def broken_draft(monkeypatch, broken):
-    open_slots = draft_insnext.Draft.open_slots
+    open_slots = draft.Draft.open_slots
 
     def opened(self, remaining, window):
         result = BREAKS[broken](self, *open_slots(self, remaining, window))
         return result if isinstance(result, tuple) else (result, open_slots(self, remaining, window)[1])
 
-    monkeypatch.setattr(draft_insnext.Draft, "open_slots", opened)
+    monkeypatch.setattr(draft.Draft, "open_slots", opened)
 
 
 CANVAS = dict(
@@ -185,7 +185,7 @@ def test_control_the_checker_notices_glued_words_and_written_structure(monkeypat
                            return_dict_in_generate=True)  # fmt: skip
     with pytest.raises(AssertionError, match="glues"):
         check(canvas, glued, 1, 1, {})
-    monkeypatch.setattr(sampling_insnext, "token_scores", lambda *args: torch.eye(VOCAB)[[EOS]])
+    monkeypatch.setattr(sampling, "token_scores", lambda *args: torch.eye(VOCAB)[[EOS]])
     ended = MODEL.generate(**canvas, max_new_tokens=1, min_new_tokens=1, return_dict_in_generate=True)
     with pytest.raises(AssertionError, match="structure"):
         check(canvas, ended, 1, 1, {})

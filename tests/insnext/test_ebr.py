@@ -6,7 +6,7 @@ import pytest
 import torch
 from generation_twins import BOS, canvas_of, tiny_model
 
-from modeling_insnext.insnext.draft_insnext import Draft
+from modeling_insnext.insnext.draft import Draft
 
 
 SMALL = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, max_position_embeddings=4096)

@@ -8,7 +8,7 @@ from generation_twins import BOS, PAD, TextTwin, canvas_of, tiny_model
 from test_sampling import MODEL, PROMPT, Watch, run, written
 from transformers import CompileConfig, GenerationConfig, StoppingCriteria, TextStreamer
 
-from modeling_insnext.insnext.generation_configuration_insnext import InsertionGenerationConfig
+from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
 
 
 class Watching(StoppingCriteria):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from generation_twins import BOS, PAD, HandTwin, TextTwin, canvas_of, greedy_twin, row_of, tiny_model
 
-from modeling_insnext.insnext.draft_insnext import Draft
-from modeling_insnext.insnext.slots_insnext import token_logits
+from modeling_insnext.insnext.draft import Draft
+from modeling_insnext.insnext.slots import token_logits
 
 
 MODEL = tiny_model()

@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import GenerationConfig
 
-from modeling_insnext.insnext.generation_configuration_insnext import (
+from modeling_insnext.insnext.generation_configuration import (
     INSERTION_DEFAULTS,
     MEANINGLESS,
     InsertionGenerationConfig,

@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import modeling_insnext.insnext.slots_insnext as slots_insnext
+import modeling_insnext.insnext.slots as slots
 from modeling_insnext import InsertionCache, InsNextConfig, InsNextForInsertionLM, InsNextModel
-from modeling_insnext.insnext.attention_insnext import Interval, build_interval
+from modeling_insnext.insnext.attention import Interval, build_interval
 
 
 BUDGET = 1e-10
@@ -73,7 +73,7 @@ def test_states_of_one_pass_equal_fresh_passes_over_the_partial_texts(row):
 def test_offsets_in_the_final_text_would_break_the_equality(monkeypatch):
     """Control: measured in the final text, what comes later leaks into every earlier state."""
     monkeypatch.setattr(
-        "modeling_insnext.insnext.attention_insnext.insertion_offsets",
+        "modeling_insnext.insnext.attention.insertion_offsets",
         lambda interval: (
             interval.positions_BK[:, None] - interval.positions_BK.gather(1, interval.entries_BQ)[..., None]
         ),
@@ -364,8 +364,8 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant):
 def test_losses_in_chunks_equal_losses_at_once(monkeypatch):
     batch, model = training_batch(), tiny_model()
     loss, expected = gradients(model, batch)
-    monkeypatch.setattr(slots_insnext, "STATES_PER_CHUNK", 3)
-    monkeypatch.setattr(slots_insnext, "TOKENS_PER_CHUNK", 2)
+    monkeypatch.setattr(slots, "STATES_PER_CHUNK", 3)
+    monkeypatch.setattr(slots, "TOKENS_PER_CHUNK", 2)
     again, actual = gradients(model, batch)
     assert difference(again, loss) < BUDGET
     for name in expected:
@@ -386,26 +386,26 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_training_holds_no_table_of_all_states_and_slots_or_words(monkeypatch):
-    monkeypatch.setattr(slots_insnext, "STATES_PER_CHUNK", 16)
-    monkeypatch.setattr(slots_insnext, "TOKENS_PER_CHUNK", 16)
+    monkeypatch.setattr(slots, "STATES_PER_CHUNK", 16)
+    monkeypatch.setattr(slots, "TOKENS_PER_CHUNK", 16)
     n, vocab = 1024, 600
     model = tiny_model(dtype=torch.float32, hidden_size=8, intermediate_size=8, num_attention_heads=1,
                        num_hidden_layers=1, vocab_size=vocab, max_position_embeddings=n)  # fmt: skip
     ids, positions = random_text(n, 1, seeded())
     interval = build_interval(ids.shape, CPU, positions=positions, context_length=1)
     hidden = torch.randn(1, n, 8, requires_grad=True)
-    supervision = slots_insnext.Supervision(
+    supervision = slots.Supervision(
         ids, target_kinds=torch.ones_like(ids), unit_starts=torch.ones_like(ids, dtype=torch.bool)
     )
     with LargestTensor() as seen:
-        losses = slots_insnext.insertion_losses(
+        losses = slots.insertion_losses(
             model.slot_head, model.lm_head, model.config.never_inserted, hidden, ids, interval, supervision
         )
         (losses[0].sum() + losses[1].sum()).backward()
     assert seen.largest <= 16 * (2 * n + 1)
-    monkeypatch.setattr(slots_insnext, "STATES_PER_CHUNK", n)
+    monkeypatch.setattr(slots, "STATES_PER_CHUNK", n)
     with LargestTensor() as seen:
-        slots_insnext.insertion_losses(
+        slots.insertion_losses(
             model.slot_head, model.lm_head, model.config.never_inserted, hidden, ids, interval, supervision
         )
     assert seen.largest >= n * 2 * n

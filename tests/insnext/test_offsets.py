@@ -6,7 +6,7 @@ from helpers import Built, build_row, packed_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_insnext.insnext.attention_insnext import (
+from modeling_insnext.insnext.attention import (
     Interval,
     alibi_bias,
     alibi_slopes,

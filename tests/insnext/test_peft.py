@@ -7,7 +7,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from modeling_insnext import InsNextForInsertionLM, InsNextForSequenceClassification
 from modeling_insnext.data import ContextMixture, InsertionCollator
-from modeling_insnext.trainer import InsertionTrainer
+from modeling_insnext.insertion_trainer import InsertionTrainer
 
 
 peft = pytest.importorskip("peft")

@@ -161,7 +161,7 @@ def test_attention_can_be_switched_there(saved):
 def test_a_folder_with_a_file_missing_does_not_load(saved, tmp_path):
     source = saved[0] / "lm"
     for path in source.iterdir():
-        if path.name != "draft_insnext.py":
+        if path.name != "draft.py":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     code = (
         "import transformers\n"
@@ -169,4 +169,4 @@ def test_a_folder_with_a_file_missing_does_not_load(saved, tmp_path):
     )
     done = run_clean(code, tmp_path, str(tmp_path))
     assert done.returncode != 0
-    assert "draft_insnext.py" in done.stderr
+    assert "draft.py" in done.stderr

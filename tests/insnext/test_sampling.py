@@ -7,9 +7,9 @@ import torch
 from generation_twins import BOS, EOS, PAD, TextTwin, canvas_of, tiny_model
 from transformers import LogitsProcessor
 
-from modeling_insnext.insnext.draft_insnext import Draft
-from modeling_insnext.insnext.generation_configuration_insnext import InsertionGenerationConfig
-from modeling_insnext.insnext.sampling_insnext import RowSampler, choose_slots
+from modeling_insnext.insnext.draft import Draft
+from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
+from modeling_insnext.insnext.sampling import RowSampler, choose_slots
 
 
 MODEL = tiny_model(0, max_position_embeddings=24)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import difference, tiny_model
 
-import modeling_insnext.insnext.attention_insnext as attention_insnext
+import modeling_insnext.insnext.attention as attention
 
 
 BUDGET = 1e-10
@@ -206,7 +206,7 @@ def test_offsets_of_the_final_text_break_the_sum(monkeypatch):
 
     model = small_model()
     assert abs(total_score(model) - 1) < BUDGET
-    monkeypatch.setattr(attention_insnext, "insertion_offsets", final_offsets)
+    monkeypatch.setattr(attention, "insertion_offsets", final_offsets)
     assert abs(total_score(model) - 1) > 1e-4
 
 

@@ -8,9 +8,9 @@ from helpers import build_row, difference, losses_by_state, packed_rows, random_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import modeling_insnext.insnext.slots_insnext as slots_insnext
-from modeling_insnext.insnext.attention_insnext import build_interval
-from modeling_insnext.insnext.slots_insnext import HARD, MISSING_UNITS, UNFINISHED_GAPS, missing_units, slot_table
+import modeling_insnext.insnext.slots as slots
+from modeling_insnext.insnext.attention import build_interval
+from modeling_insnext.insnext.slots import HARD, MISSING_UNITS, UNFINISHED_GAPS, missing_units, slot_table
 
 
 EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True)
@@ -121,12 +121,12 @@ def test_missing_units_are_counted_in_the_final_text(row, data):
 @given(packed_rows())
 def test_one_state_at_a_time_finds_the_same_table(row):
     whole = table_of(row)
-    chunk = slots_insnext.STATES_PER_CHUNK
+    chunk = slots.STATES_PER_CHUNK
     try:
-        slots_insnext.STATES_PER_CHUNK = 3
+        slots.STATES_PER_CHUNK = 3
         parts = table_of(row)
     finally:
-        slots_insnext.STATES_PER_CHUNK = chunk
+        slots.STATES_PER_CHUNK = chunk
     assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
 
 

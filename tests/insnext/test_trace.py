@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_insnext.insnext.trace_insnext import InsertionTrace
+from modeling_insnext.insnext.trace import InsertionTrace
 
 
 TEXT = "The old man drank a café <b>&amp;</b> watched 日本 boats"

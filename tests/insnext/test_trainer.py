@@ -16,7 +16,7 @@ from modeling_insnext import (
     InsNextForTokenClassification,
 )
 from modeling_insnext.data import ContextMixture, InsertionCollator
-from modeling_insnext.trainer import InsertionTrainer
+from modeling_insnext.insertion_trainer import InsertionTrainer
 
 
 def texts(count=8, seed=0):

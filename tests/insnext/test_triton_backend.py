@@ -8,7 +8,7 @@ from clean_process import run_clean
 from helpers import BOS, build_row, random_ids, random_text, relative_error, tiny_model
 
 import insnext_kernels
-import modeling_insnext.insnext.kernels_insnext as kernels_insnext
+import modeling_insnext.insnext.attention_triton as attention_triton
 from modeling_insnext import InsNextForInsertionLM, InsNextModel
 
 
@@ -135,9 +135,9 @@ def test_a_ragged_batch_writes_what_eager_writes():
 
 def test_the_table_is_made_once_a_forward_pass(monkeypatch):
     calls = []
-    make = kernels_insnext.offset_table
+    make = attention_triton.offset_table
     monkeypatch.setattr(
-        kernels_insnext, "offset_table", lambda *args, **kwargs: calls.append(1) or make(*args, **kwargs)
+        attention_triton, "offset_table", lambda *args, **kwargs: calls.append(1) or make(*args, **kwargs)
     )
     with torch.no_grad():
         model_of("insnext_triton", num_hidden_layers=3)(**batch("context"))
@@ -155,9 +155,9 @@ def test_it_compiles_as_one_graph():
 
 def test_it_can_be_chosen_at_load_and_switched_to(tmp_path, monkeypatch):
     calls = []
-    attend = kernels_insnext.insertion_attention
+    attend = attention_triton.insertion_attention
     monkeypatch.setattr(
-        kernels_insnext, "insertion_attention", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs)
+        attention_triton, "insertion_attention", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs)
     )
     model_of("eager").save_pretrained(tmp_path)
     ids = torch.tensor([[BOS, 5, 6]], device=DEVICE)
@@ -213,7 +213,7 @@ def test_a_cpu_without_the_interpreter_is_refused(monkeypatch):
 
 
 def test_without_the_kernels_it_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(kernels_insnext, "insertion_attention", None)
+    monkeypatch.setattr(attention_triton, "insertion_attention", None)
     with pytest.raises(
         ImportError, match='"insnext_triton" needs the package insnext_kernels, which is not installed'
     ):

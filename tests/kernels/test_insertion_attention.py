@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from insnext_kernels.insertion_attention import OffsetTable, insertion_attention, offset_table
-from modeling_insnext.insnext.attention_insnext import Interval, dense_bias, eager_attention, insertion_offsets
+from modeling_insnext.insnext.attention import Interval, dense_bias, eager_attention, insertion_offsets
 
 
 def intervals(kind, B, Q, K, generator):

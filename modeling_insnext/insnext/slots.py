@@ -363,7 +363,7 @@ def insertion_losses(
         never_inserted: Ids of probability 0.
         hidden_BND: Hidden states of the entries.
         input_ids_BN: The entries.
-        interval: Who saw whom (`attention_insnext.Interval`).
+        interval: Who saw whom (`attention.Interval`).
         supervision: What is trained on.
 
     Raises:

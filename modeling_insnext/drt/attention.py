@@ -198,7 +198,7 @@ class WindowBackend(NamedTuple):
     """How an attention implementation reads a :class:`Window`.
 
     `prepare(window, num_heads, like)` runs once a forward pass; its result reaches `attend` of every layer. `grouped`
-    computes grouped cross-attention (:func:`retrieval_drt.grouped_cross_attention` by default).
+    computes grouped cross-attention (:func:`retrieval.grouped_cross_attention` by default).
     """
 
     prepare: Callable

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .decoding_insnext import (
+from .decoding import (
     TokenRules,
     collect,
     finished_row,
@@ -22,7 +22,7 @@ from .decoding_insnext import (
     token_limits,
     token_scores,
 )
-from .draft_insnext import Draft
+from .draft import Draft
 
 
 PAIRS_PER_CHUNK = 64

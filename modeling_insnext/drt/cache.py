@@ -11,9 +11,9 @@ import os
 import torch
 from transformers.cache_utils import Cache
 
-from .layout_drt import Layout, decoder_length, shift_rows, token_count
-from .memory_drt import ChunkMemory, Fetch
-from .retrieval_drt import Retrieved
+from .layout import Layout, decoder_length, shift_rows, token_count
+from .memory import ChunkMemory, Fetch
+from .retrieval import Retrieved
 
 
 class Tail:
@@ -92,7 +92,7 @@ class ChunkMemoryCache(Cache):
         if search not in ("exact", "faiss"):
             raise ValueError(f'search must be "exact" or "faiss", got {search!r}')
         if search == "faiss":
-            from .search_drt import require_faiss
+            from .search import require_faiss
 
             require_faiss()
         self.crop_margin = crop_margin
@@ -309,8 +309,8 @@ class ChunkMemoryCache(Cache):
         return self.memory.host_bytes() if self.memory.slab is not None else 0
 
     def save(self, path: str | os.PathLike, model) -> None:
-        """Write everything to one file, first under a temporary name; see :func:`cache_file_drt.save_cache`."""
-        from .cache_file_drt import save_cache
+        """Write everything to one file, first under a temporary name; see :func:`cache_file.save_cache`."""
+        from .cache_file import save_cache
 
         save_cache(self, path, model)
 
@@ -323,8 +323,8 @@ class ChunkMemoryCache(Cache):
         folder: str | os.PathLike | None = None,
         search: str = "exact",
     ) -> "ChunkMemoryCache":
-        """Read a file of :meth:`save`; see :func:`cache_file_drt.load_cache`."""
-        from .cache_file_drt import load_cache
+        """Read a file of :meth:`save`; see :func:`cache_file.load_cache`."""
+        from .cache_file import load_cache
 
         return load_cache(cls, path, model, location, folder, search)
 

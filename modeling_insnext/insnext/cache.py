@@ -1,7 +1,7 @@
 """Key/value cache of a text that grows by insertion.
 
 Entries stand in insertion order and are only ever appended: a key or value computed once stays right, since the
-offsets of its row never change (see attention_insnext). Rows of a batch have lengths of their own, so that some may be
+offsets of its row never change (see attention). Rows of a batch have lengths of their own, so that some may be
 re-encoded (EBR), cropped or grow by several tokens while others do not; entry e of row b lies at index e of the
 buffers, right-padded by free room.
 """

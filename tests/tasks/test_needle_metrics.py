@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_insnext.data import (
+from modeling_insnext.tasks import (
     NeedleQuestion,
     NeedleSample,
     NeedleScore,

@@ -8,7 +8,7 @@ import star_graphs
 import torch
 from transformers import TrainingArguments
 
-from modeling_insnext.data.star_graphs import (
+from modeling_insnext.tasks.star_graphs import (
     BAR,
     BOS,
     COMMA,

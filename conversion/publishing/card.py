@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .folders import read_json, refusing
+from ..folders import read_json, refusing
 
 
 PIPELINE_TAGS = {

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from .attention_drt import Window, WindowBackend, dense_bias
+from .attention import Window, WindowBackend, dense_bias
 
 
 class Blocks(NamedTuple):

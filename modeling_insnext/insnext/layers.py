@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_insnext import interval_backend
+from .attention import interval_backend
 from .configuration_insnext import POST_NORMS, InsNextConfig
 
 

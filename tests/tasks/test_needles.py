@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_insnext.data import NeedleTask, draw_needles
-from modeling_insnext.data.needles import BLOCK, NOISE, PHRASES, haystack_blocks
+from modeling_insnext.tasks import NeedleTask, draw_needles
+from modeling_insnext.tasks.needles import BLOCK, NOISE, PHRASES, haystack_blocks
 
 
 KINDS = list(NOISE)

@@ -9,14 +9,14 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_drt import Window, WindowBackend
-from .cache_drt import ChunkMemoryCache
+from .attention import Window, WindowBackend
+from .attention_triton import BACKENDS
+from .cache import ChunkMemoryCache
 from .configuration_drt import DrtConfig
-from .kernels_drt import BACKENDS
-from .landmark_attention_drt import LANDMARK_BACKEND
-from .layout_drt import shift_rows
-from .positions_drt import rotate, turn
-from .retrieval_drt import FUSED
+from .landmark_attention import LANDMARK_BACKEND
+from .layout import shift_rows
+from .positions import rotate, turn
+from .retrieval import FUSED
 
 
 def window_backend(config: DrtConfig) -> WindowBackend:

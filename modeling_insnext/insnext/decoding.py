@@ -8,9 +8,9 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.utils import ModelOutput
 
-from .draft_insnext import Draft
-from .slots_insnext import token_logits
-from .trace_insnext import InsertionTrace
+from .draft import Draft
+from .slots import token_logits
+from .trace import InsertionTrace
 
 
 @dataclass

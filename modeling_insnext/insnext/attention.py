@@ -31,8 +31,8 @@ from transformers.cache_utils import Cache
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from .cache_insnext import InsertionCache
-from .kernels_insnext import prepare_triton, triton_attention
+from .attention_triton import prepare_triton, triton_attention
+from .cache import InsertionCache
 
 
 class Interval(NamedTuple):

@@ -8,7 +8,7 @@ landmarks in the text included, whatever padding surrounds them: reading in piec
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .layout_drt import Layout
+from .layout import Layout
 
 
 def slot_positions(layout: Layout, device: torch.device) -> torch.Tensor:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from modeling_insnext.data import NeedleDataset, NeedleTask, draw_needles, needle_sets, read_needles, write_needles
-from modeling_insnext.data.needles import BLOCK
+from modeling_insnext.tasks import NeedleDataset, NeedleTask, draw_needles, needle_sets, read_needles, write_needles
+from modeling_insnext.tasks.needles import BLOCK
 
 
 KINDS = ("passkey", "multi_key", "two_hop")

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .layout_drt import decoder_length
-from .memory_drt import PIECE, claim_space, map_chunks
+from .layout import decoder_length
+from .memory import PIECE, claim_space, map_chunks
 
 
 FORMAT = "drt-chunk-memory"

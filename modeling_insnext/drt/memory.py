@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .retrieval_drt import best_chunks, gumbel_like
+from .retrieval import best_chunks, gumbel_like
 
 
 LOCATIONS = ("device", "host", "disk")
@@ -368,7 +368,7 @@ class ChunkMemory:
         if noisy:
             raise ValueError("a cache cannot be used in training, whose choice of chunks is noisy; use_cache=False")
         if self.search == "faiss":
-            from .search_drt import find_with_faiss
+            from .search import find_with_faiss
 
             return find_with_faiss(self, queries_BCD, asking_BC, k)
 

@@ -9,8 +9,8 @@ of the text.
 
 import torch
 
-from .attention_insnext import Interval
-from .cache_insnext import InsertionCache
+from .attention import Interval
+from .cache import InsertionCache
 
 
 PER_ROW = (
@@ -24,7 +24,7 @@ class Draft:
 
     Args:
         model: An `InsNextForInsertionLM`.
-        canvas: Complete, checked canvas (see canvas_insnext), text order, right-padded.
+        canvas: Complete, checked canvas (see canvas), text order, right-padded.
         capacity: Most tokens a row may ever hold.
         static: Whether the cache has one shape for good (`cache_implementation="static"`).
         encoder: What encodes: the model's base model, or a compiled form of it.

@@ -1,7 +1,7 @@
 """Makes a folder for the Hub out of a trained model or adapter, verifies it, and pushes it.
 
-    python -m conversion.export_to_hub runs/mini exported/mini --license apache-2.0 --datasets allenai/common_gen
-    python -m conversion.export_to_hub runs/lora exported/lora --license apache-2.0 --base_model OWNER/MINI \\
+    python -m conversion.publishing.export runs/mini exported/mini --license apache-2.0 --datasets allenai/common_gen
+    python -m conversion.publishing.export runs/lora exported/lora --license apache-2.0 --base_model OWNER/MINI \\
         --push OWNER/LORA
 
 The folder holds code, weights, tokenizer, generation config and a card. It appears only once a clean process, which
@@ -20,9 +20,9 @@ from huggingface_hub import HfApi
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .checkpoint import check_folder, check_tensors, model_class, read_config, read_tensors
-from .folders import appearing, new_folder, read_fields, refusing, save_tokenizer, write_fields
-from .model_card import TAGS, CardFacts, check_name, model_card, read_results
+from ..checkpoint import check_folder, check_tensors, model_class, read_config, read_tensors
+from ..folders import appearing, new_folder, read_fields, refusing, save_tokenizer, write_fields
+from .card import TAGS, CardFacts, check_name, model_card, read_results
 from .verification import VerificationError, verify
 
 
@@ -187,7 +187,7 @@ def push(exported: Exported, folder: str | Path, facts: CardFacts, private: bool
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m conversion.export_to_hub", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser("python -m conversion.publishing.export", description=__doc__.split("\n")[0])
     parser.add_argument("source", help="Folder of a model or of a PEFT adapter.")
     parser.add_argument("target", help="Folder to make.")
     parser.add_argument("--license", help="Identifier, as apache-2.0; needed unless the card names it.")

@@ -9,7 +9,7 @@ Shape suffixes: B rows, C chunks that ask, K chunks found, N chunks, D width.
 
 import torch
 
-from .memory_drt import wide_scores
+from .memory import wide_scores
 
 
 try:

@@ -10,8 +10,8 @@ import math
 
 import torch
 
-from .attention_insnext import build_interval, check_contiguous
-from .slots_insnext import Supervision, insertion_losses
+from .attention import build_interval, check_contiguous
+from .slots import Supervision, insertion_losses
 
 
 class InsertionScoringMixin:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import BatchEncoding
 
-from .word_pieces_insnext import continuation_mask_of, ids_inside_text, token_ids
+from .word_pieces import continuation_mask_of, ids_inside_text, token_ids
 
 
 Bounds = int | None | Sequence[Any]

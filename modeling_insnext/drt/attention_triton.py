@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from .attention_drt import WINDOW_BACKENDS, Window, WindowBackend, window_slopes
+from .attention import WINDOW_BACKENDS, Window, WindowBackend, window_slopes
 
 
 # inside `try`, Transformers does not count an import among those that remote code needs
@@ -57,7 +57,7 @@ def window_intervals(window: Window, num_heads: int, like: torch.Tensor) -> Inte
 
 
 def triton_attention(query_BHLD, key_BGKD, value_BGKD, intervals: Intervals, window: Window, scaling, dropout=0.0):
-    """Window attention in Triton; arguments as :func:`attention_drt.eager_attention`.
+    """Window attention in Triton; arguments as :func:`attention.eager_attention`.
 
     Raises:
         ValueError: If dropout is asked for, or the head dim is too large.
@@ -82,7 +82,7 @@ def triton_attention(query_BHLD, key_BGKD, value_BGKD, intervals: Intervals, win
 
 
 def triton_grouped(query_BHTD, key_BGNSD, value_BGNSD, indices_BCK, weights_BCK, *, off_by_one=False, scale=None):
-    """Grouped cross-attention in Triton; arguments as :func:`retrieval_drt.grouped_cross_attention`."""
+    """Grouped cross-attention in Triton; arguments as :func:`retrieval.grouped_cross_attention`."""
     B = len(query_BHTD)
     return grouped_cross_attention(
         query_BHTD,

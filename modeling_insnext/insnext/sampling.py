@@ -3,7 +3,7 @@
 import torch
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
-from .decoding_insnext import (
+from .decoding import (
     InsertionGenerateOutput,
     TokenRules,
     collect,
@@ -14,7 +14,7 @@ from .decoding_insnext import (
     token_limits,
     token_scores,
 )
-from .draft_insnext import Draft
+from .draft import Draft
 
 
 class RowSampler:

@@ -1,0 +1,1 @@
+"""Folders for the Hub: exported with code and card, verified in a clean process, pushed."""

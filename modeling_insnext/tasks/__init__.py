@@ -1,0 +1,23 @@
+"""Tasks that measure: needles in long texts and star graphs. Needs numpy and torch only."""
+
+from .needle_metrics import NeedleScore, NeedleTally, answer_score, generated_score, needle_scores, wilson_interval
+from .needle_sets import NeedleDataset, read_needles, write_needles
+from .needles import NEEDLE_KINDS, NeedleQuestion, NeedleSample, NeedleTask, draw_needles
+
+
+__all__ = [
+    "NEEDLE_KINDS",
+    "NeedleDataset",
+    "NeedleQuestion",
+    "NeedleSample",
+    "NeedleScore",
+    "NeedleTally",
+    "NeedleTask",
+    "answer_score",
+    "draw_needles",
+    "generated_score",
+    "needle_scores",
+    "read_needles",
+    "wilson_interval",
+    "write_needles",
+]
