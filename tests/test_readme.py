@@ -17,6 +17,14 @@ def python_blocks(text: str) -> list[tuple[int, str]]:
     ]
 
 
+def run_blocks(text: str, name: str, runs: Path) -> dict:
+    """Run the blocks of a page one after the other, as a reader would; returns what they defined."""
+    namespace = {}
+    for line, block in python_blocks(text.replace('"runs/', f'"{runs}/')):
+        exec(compile("\n" * (line - 1) + block, name, "exec"), namespace)
+    return namespace
+
+
 def test_the_first_python_stands_before_line_40():
     assert python_blocks(README)[0][0] < 40
     assert python_blocks("\n" * 50 + "```python\nx\n```")[0][0] > 40
@@ -24,9 +32,7 @@ def test_the_first_python_stands_before_line_40():
 
 def test_every_block_runs(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    namespace = {}
-    for line, block in python_blocks(README.replace("runs/", f"{tmp_path}/")):
-        exec(compile("\n" * (line - 1) + block, "README.md", "exec"), namespace)
+    namespace = run_blocks(README, "README.md", tmp_path)
     assert "dog" in namespace["tokenizer"].decode(
         namespace["model"].generate(
             **namespace["model"].canvas(namespace["tokenizer"], keywords=["dog"]), max_new_tokens=3
@@ -37,10 +43,9 @@ def test_every_block_runs(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_block_of_the_pages_runs(page, monkeypatch):
+def test_every_block_of_the_pages_runs(page, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    for line, block in python_blocks(page.read_text(encoding="utf-8")):
-        exec(compile("\n" * (line - 1) + block, page.name, "exec"), {})
+    run_blocks(page.read_text(encoding="utf-8"), page.name, tmp_path)
 
 
 def test_every_path_named_exists():
