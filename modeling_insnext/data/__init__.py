@@ -2,19 +2,17 @@
 
 from .collators import InsertionCollator, first_fit
 from .contexts import ContextMixture
-from .orders import EQUAL, HARD, ORDERS, PROPORTIONAL, Order, OrderMixture, gap_indices, get_mixture, get_order
+from .orders import ORDERS, Order, OrderMixture, TargetKind, gap_indices, get_mixture, get_order
 from .units import UnitText, cut_text, rarity_table, sentence_end_table, word_start_table
 
 
 __all__ = [
-    "EQUAL",
-    "HARD",
     "ORDERS",
-    "PROPORTIONAL",
     "ContextMixture",
     "InsertionCollator",
     "Order",
     "OrderMixture",
+    "TargetKind",
     "UnitText",
     "cut_text",
     "first_fit",

@@ -2,13 +2,7 @@
 
 An order maps (text, given units, generator) to a permutation of the missing units. Pieces of a unit are written left
 to right, one after the other. Where an order's next choice, given what is already written, has a known distribution
-over slots, the position target of that step is that distribution instead of the slot that was drawn:
-
-    HARD          the slot where the token goes
-    PROPORTIONAL  slot s has weight (missing units in s) / (missing units)
-    EQUAL         every slot with something missing has the same weight
-
-The expected loss is the same and its variance smaller.
+over slots, the position target of that step (`TargetKind`) is that distribution instead of the slot that was drawn.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..insnext.supervision import TargetKind
 from .units import UnitText
 
 
-HARD, PROPORTIONAL, EQUAL = 0, 1, 2
 KEYWORD_SHARE = 0.25
 
 DrawFunction = Callable[[UnitText, np.ndarray, np.random.Generator], np.ndarray]
@@ -27,8 +21,8 @@ KindsFunction = Callable[[UnitText, np.ndarray, np.ndarray], np.ndarray]
 
 
 def hard_kinds(text: UnitText, given_units: np.ndarray, units: np.ndarray) -> np.ndarray:
-    """Return HARD for every step of `units`."""
-    return np.full(len(units), HARD)
+    """Return `TargetKind.HARD` for every step of `units`."""
+    return np.full(len(units), TargetKind.HARD)
 
 
 @dataclass(frozen=True)
@@ -193,12 +187,13 @@ def _sentence_local(text, given_units, rng):
 
 
 def _proportional_kinds(text, given_units, units):
-    return np.full(len(units), PROPORTIONAL)
+    return np.full(len(units), TargetKind.PROPORTIONAL)
 
 
 def _keyword_first_kinds(text, given_units, units):
     """Keywords are hard; the uniform rest is proportional."""
-    return np.where(np.arange(len(units)) < len(keyword_units(text, given_units)), HARD, PROPORTIONAL)
+    is_keyword = np.arange(len(units)) < len(keyword_units(text, given_units))
+    return np.where(is_keyword, TargetKind.HARD, TargetKind.PROPORTIONAL)
 
 
 def _gap_kinds(text, given_units, units):
@@ -207,13 +202,13 @@ def _gap_kinds(text, given_units, units):
     gaps[~given_units] = gap_indices(given_units)
     begins = np.diff(gaps[units], prepend=-1) != 0
     unfinished = begins.sum() - np.cumsum(begins) + 1
-    return np.where(begins & (unfinished > 1), EQUAL, HARD)
+    return np.where(begins & (unfinished > 1), TargetKind.EQUAL, TargetKind.HARD)
 
 
 def _sentence_kinds(text, given_units, units):
     """Nothing outside the last sentence is missing while that one is written: uniform."""
     sentences = text.sentences[units]
-    return np.where(sentences == sentences[-1:], PROPORTIONAL, HARD)
+    return np.where(sentences == sentences[-1:], TargetKind.PROPORTIONAL, TargetKind.HARD)
 
 
 def _shorten(units: np.ndarray) -> str:

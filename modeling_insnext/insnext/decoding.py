@@ -9,7 +9,6 @@ from transformers import LogitsProcessorList
 from transformers.utils import ModelOutput
 
 from .draft import Draft
-from .slots import token_logits
 from .trace import InsertionTrace
 
 
@@ -96,7 +95,7 @@ def token_limits(model, canvas, config) -> torch.Tensor:
 def token_scores(model, draft: Draft, rows, slots, rules: TokenRules) -> torch.Tensor:
     """Return processed scores `[r, V]` of the token that goes into one slot of each of the given rows."""
     states = model.slot_head.token_state(draft.slots[rows, slots], draft.state[rows])
-    scores = token_logits(states, model.lm_head, model.config.never_inserted)
+    scores = model.token_logits(states)
     scores = scores.masked_fill(draft.words_end[rows, slots][:, None] & rules.continuation_mask, -torch.inf)
     if not rules.processors and rules.allowed_tokens is None:
         return scores

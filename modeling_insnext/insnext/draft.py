@@ -216,7 +216,7 @@ class Draft:
         row_r1 = rows[:, None]
         self.left[row_r1, entries], self.right[row_r1, entries] = self.head.sides(hidden)
         touched = torch.cat([entries, self._preceding(rows, entries)], 1)
-        slots = self.left[row_r1, touched] + self.right[row_r1, self.following[row_r1, touched]]
+        slots = self.head.slot(self.left[row_r1, touched], self.right[row_r1, self.following[row_r1, touched]])
         self.slots[row_r1, touched] = slots
         self.keys[row_r1, touched] = self.head.key_proj(slots)
 
@@ -262,11 +262,10 @@ class Draft:
 
     def slot_scores(self, allowed: torch.Tensor, may_stop: torch.Tensor) -> torch.Tensor:
         """Return the logits of the slots and, in the last column, of STOP, `[R, W + 1]`; `-inf` where not allowed."""
-        query = self.head.query_proj(self.state)
-        slots = self.head.position_logits(query[:, None], self.keys[:, : allowed.shape[1]])[:, 0]
-        stop = self.head.stop_logit(query)
-        slots = slots.masked_fill(~allowed, -torch.inf)
-        return torch.cat([slots, stop.masked_fill(~may_stop, -torch.inf)[:, None]], 1)
+        query_R1D = self.head.query_proj(self.state)[:, None]
+        scores = self.head.choice_logits(query_R1D, self.keys[:, : allowed.shape[1]], allowed[:, None])[:, 0]
+        scores[:, -1].masked_fill_(~may_stop, -torch.inf)
+        return scores
 
     def must_go_on(self, min_new_tokens: int) -> torch.Tensor:
         """Return, bool `[R]`, which rows may not stop yet: too few tokens written, or a gap below its minimum."""

@@ -21,7 +21,6 @@ from .generation_configuration import (
     merge_generation_configs,
 )
 from .sampling import insert
-from .slots import token_logits
 
 
 CANVAS_FIELDS = (
@@ -129,7 +128,7 @@ class InsertionGenerationMixin(GenerationMixin):
             allowed[0, ends] = True
             scores = draft.slot_scores(allowed, may_stop=torch.zeros_like(allowed[:, 0])).log_softmax(1)[0, ends]
             states = self.slot_head.token_state(draft.slots[0, ends], draft.state)
-            tokens = token_logits(states, self.lm_head, self.config.never_inserted).log_softmax(1)[:, phrase[0]]
+            tokens = self.token_logits(states).log_softmax(1)[:, phrase[0]]
             order.insert(int((scores + tokens).argmax()), new)
         return order
 

@@ -40,7 +40,9 @@ from .generation_configuration import InsertionGenerationConfig
 from .generation_insnext import InsertionGenerationMixin
 from .layers import InsNextAttention, InsNextBlock, block_norm
 from .scoring import InsertionScoringMixin
-from .slots import InsNextSlotHead, Supervision, divisor, insertion_losses, mean_losses, token_logits
+from .slot_losses import divisor, insertion_losses, mean_losses
+from .slots import InsNextSlotHead
+from .supervision import Supervision
 
 
 AUTO_MAP = {
@@ -290,8 +292,8 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
                 any causal language model; EOS there is STOP.
             stop_targets: True at the last token of a text that really ends there, `[B, N]`; by default at every
                 text's.
-            target_kinds: How the place of each token is supervised, `[B, N]`: 0 by its slot, 1 by the number of units
-                missing in every slot, 2 by every slot with something missing alike.
+            target_kinds: How the place of each token is supervised, `[B, N]` of :class:`TargetKind`: 0 by its slot, 1
+                by the number of units missing in every slot, 2 by every slot with something missing alike.
             unit_starts: True at the first token of a unit (a word), `[B, N]`; needed for kinds 1 and 2.
             step_weights: Weight of each token's loss `[B, N]`, 1 by default.
             past_key_values: A cache; see :class:`InsNextModel`.
@@ -338,9 +340,7 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
             if labels is not None:
                 loss = self._left_to_right_loss(logits, labels, num_items_in_batch)
         elif labels is not None:
-            losses = insertion_losses(
-                self.slot_head, self.lm_head, self.config.never_inserted, hidden, input_ids, interval, supervision
-            )
+            losses = insertion_losses(self, hidden, input_ids, interval, supervision)
             loss, position, token = mean_losses(losses, interval.start_BQ, step_weights, num_items_in_batch)
         return InsNextLMOutput(
             loss=loss,
@@ -352,21 +352,31 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
             token_loss=token,
         )
 
+    def token_logits(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits `[..., V]` of the token in a slot, E . state, float32 or wider.
+
+        Ids that are structure (`config.never_inserted`) have `-inf`.
+
+        Args:
+            states: `slot_head.token_state` of slots and states, `[..., D]`.
+        """
+        logits = self.lm_head(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        structure_V = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+        structure_V[self.config.never_inserted] = True
+        return logits.masked_fill(structure_V, -torch.inf)
+
     def _left_to_right_logits(self, hidden, logits_to_keep):
         """Return log-probabilities `[B, T, V]`: STOP or the rightmost slot, times the token in it."""
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = hidden[:, kept]
-        head = self.slot_head
-        slot = head.left_proj(hidden) + head.edge_side()
-        query = head.query_proj(hidden)
-        slot_logit = head.position_logits(query[..., None, :], head.key_proj(slot)[..., None, :])[..., 0, 0]
-        stop_logit = head.stop_logit(query)
-        logits = token_logits(head.token_state(slot, hidden), self.lm_head, self.config.never_inserted)
-        log_p = logits.log_softmax(-1) + nn.functional.logsigmoid(slot_logit - stop_logit)[..., None]
+        slot, log_p_slot, log_p_stop = self.slot_head.at_the_right_edge(hidden)
+        logits = self.token_logits(self.slot_head.token_state(slot, hidden))
+        log_p = logits.log_softmax(-1) + log_p_slot[..., None]
         eos = self.config.eos_token_id
         if eos is not None:
             is_eos = torch.arange(self.config.vocab_size, device=log_p.device) == eos
-            log_p = torch.where(is_eos, nn.functional.logsigmoid(stop_logit - slot_logit)[..., None], log_p)
+            log_p = torch.where(is_eos, log_p_stop[..., None], log_p)
         return log_p
 
     def _left_to_right_loss(self, log_p, labels, num_items):

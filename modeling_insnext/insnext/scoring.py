@@ -11,7 +11,8 @@ import math
 import torch
 
 from .attention import build_interval, check_contiguous
-from .slots import Supervision, insertion_losses
+from .slot_losses import insertion_losses
+from .supervision import Supervision
 
 
 class InsertionScoringMixin:
@@ -121,10 +122,8 @@ class InsertionScoringMixin:
         hidden = self.model(sequence, positions=positions, context_length=len(context)).last_hidden_state
         ends = torch.zeros_like(sequence, dtype=torch.bool)
         ends[:, -1] = stop
-        position, token, _ = insertion_losses(
-            self.slot_head, self.lm_head, self.config.never_inserted, hidden, sequence, interval,
-            Supervision(labels=sequence, stop_targets=ends),
-        )  # fmt: skip
+        supervision = Supervision(labels=sequence, stop_targets=ends)
+        position, token, _ = insertion_losses(self, hidden, sequence, interval, supervision)
         return -(position.double() + token.double()).sum(1)
 
 

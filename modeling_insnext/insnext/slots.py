@@ -1,7 +1,6 @@
-"""Slots: where the next token may go, how every step of an insertion sequence is scored in one pass, and the losses.
+"""Slots: where the next token may go, and how every step of an insertion sequence is scored in one pass.
 
-Shape suffixes: B rows, N tokens in insertion order, S = 2N slots, D hidden size, V vocabulary size, M supervised
-steps.
+Shape suffixes: B rows, N tokens in insertion order, S = 2N slots, Q states, D hidden size, V vocabulary size.
 
 There is one slot right of every present token. A token i, once encoded, makes the slot A_i = (i, right neighbour) and,
 unless its left neighbour was encoded together with it, the slot B_i = (left neighbour, i). So a whole insertion
@@ -27,18 +26,9 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 
-try:
-    from insnext_kernels import slot_cross_entropy
-except ImportError:
-    slot_cross_entropy = None
-
-
-HARD, MISSING_UNITS, UNFINISHED_GAPS = 0, 1, 2
 STATES_PER_CHUNK = 512
-TOKENS_PER_CHUNK = 2048
 
 
 class SlotTable(NamedTuple):
@@ -68,16 +58,6 @@ class SlotTable(NamedTuple):
         text_BS = torch.where(self.left_BS >= 0, start_BN.gather(1, self.left_BS.clamp_min(0)), -1)
         living = (self.born_BS[:, None] <= state_N1) & (state_N1 < self.dies_BS[:, None])
         return living & (text_BS[:, None] == start_BN[:, states, None])
-
-
-class Supervision(NamedTuple):
-    """What is trained on, each `[B, N]` by entry of the insertion sequence; arguments of the model's `forward`."""
-
-    labels: torch.Tensor
-    stop_targets: torch.Tensor | None = None
-    target_kinds: torch.Tensor | None = None
-    unit_starts: torch.Tensor | None = None
-    step_weights: torch.Tensor | None = None
 
 
 def neighbours(
@@ -218,8 +198,12 @@ class InsNextSlotHead(nn.Module):
         left_BND, right_BND = self.sides(hidden_BND)
         return left_BND, torch.cat([right_BND, self.edge_side().expand(len(hidden_BND), 1, -1)], 1)
 
+    def slot(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """Return u = W_l h_left + W_r h_right, the vector of a slot, from the sides of the tokens around it."""
+        return left + right
+
     def position_logits(self, query: torch.Tensor, slot_keys: torch.Tensor) -> torch.Tensor:
-        """Return the capped logits `[..., S]` of keys `[..., S, D]` for queries `[..., Q, D]`, float32 or wider."""
+        """Return the capped logits `[..., Q, S]` of keys `[..., S, D]` for queries `[..., Q, D]`, float32 or wider."""
         scores = (query @ slot_keys.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32))
         return self.cap * torch.tanh(scores * self.scaling / self.cap)
 
@@ -227,231 +211,37 @@ class InsNextSlotHead(nn.Module):
         """Return the capped logit of STOP, `[..., Q]`."""
         return self.position_logits(query, self.stop_key[None]).squeeze(-1)
 
+    def choice_logits(self, query: torch.Tensor, slot_keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """Return the logits of the slots and, last, of STOP, `[..., Q, S + 1]`; `-inf` where a slot is not allowed."""
+        slots = self.position_logits(query, slot_keys).masked_fill(~allowed, -torch.inf)
+        return torch.cat([slots, self.stop_logit(query)[..., None]], -1)
+
+    def log_p(self, query: torch.Tensor, slot_keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        """Return log p(slot or STOP), `[..., Q, S + 1]`, STOP last.
+
+        Args:
+            query: `query_proj` of the states, `[..., Q, D]`.
+            slot_keys: `key_proj` of the slots, `[..., S, D]`.
+            allowed: bool `[..., Q, S]`, which slots a state may choose from.
+        """
+        return self.choice_logits(query, slot_keys, allowed).log_softmax(-1)
+
+    def at_the_right_edge(self, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return what a text may do that grows at its right edge only, where a state is the left neighbour as well.
+
+        Args:
+            state: Hidden states of last tokens, `[..., D]`.
+
+        Returns:
+            The vectors `[..., D]` of the slots between them and the edge, log p(slot) and log p(STOP), both `[...]`.
+        """
+        slot = self.slot(self.left_proj(state), self.edge_side())
+        query = self.query_proj(state)
+        slot_logit = self.position_logits(query[..., None, :], self.key_proj(slot)[..., None, :])[..., 0, 0]
+        stop_logit = self.stop_logit(query)
+        log_sigmoid = nn.functional.logsigmoid
+        return slot, log_sigmoid(slot_logit - stop_logit), log_sigmoid(stop_logit - slot_logit)
+
     def token_state(self, slot: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """Return RMSNorm(u + W_g h), to be multiplied with the embedding."""
         return self.norm(slot + self.state_proj(state))
-
-
-def _chunked(function, chunks, *shared):
-    """Return `[function(*chunk, *shared)]`; with several chunks and gradients, insides are recomputed, not kept."""
-    if torch.is_grad_enabled() and len(chunks) > 1:
-        return [checkpoint(function, *chunk, *shared, use_reentrant=False) for chunk in chunks]
-    return [function(*chunk, *shared) for chunk in chunks]
-
-
-def position_loss(
-    head: InsNextSlotHead,
-    hidden_BND: torch.Tensor,
-    sides: tuple[torch.Tensor, torch.Tensor],
-    table: SlotTable,
-    start_BN: torch.Tensor,
-    supervised_BN: torch.Tensor,
-    stops_BN: torch.Tensor,
-    kinds_BN: torch.Tensor | None = None,
-    missing_BS: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return -log p(slot or STOP) of every state, `[B, N]`, 0 where the state decides nothing that is supervised.
-
-    With `attn_implementation="insnext_triton"` a kernel scores the slots tile by tile; it is the same function.
-
-    Args:
-        head: The model's slot head.
-        hidden_BND: Hidden states of the entries.
-        sides: `head.sequence_sides(hidden_BND)`.
-        table: Slots of the sequence.
-        start_BN: First entry of each entry's text.
-        supervised_BN: True where state i is trained on the place of entry i + 1.
-        stops_BN: True where state i is trained to stop.
-        kinds_BN: Target of state i: 0 the slot of entry i + 1; 1 every live slot in proportion to the units missing in
-            it (exact for uniform orders); 2 every live slot with something missing alike (exact at a gap's end for
-            gap-wise orders). `None` means 0 everywhere.
-        missing_BS: Units missing in each slot, needed for kinds 1 and 2.
-    """
-    N = hidden_BND.shape[1]
-    slots_BSD = _rows(sides[0], table.left_BS.clamp_min(0)) + _rows(sides[1], table.right_BS)
-    target_BN = torch.where(stops_BN, 2 * N, table.slot_BN.roll(-1, 1))
-
-    def states_loss(query, target, states, keys):
-        logits = head.position_logits(query, keys).masked_fill(~table.alive(start_BN, states), -torch.inf)
-        log_p = torch.cat([logits, head.stop_logit(query)[..., None]], 2).log_softmax(2)
-        loss = -log_p.gather(2, target[..., None]).squeeze(2)
-        if kinds_BN is None:
-            return loss
-        kind = torch.where(stops_BN, HARD, kinds_BN)[:, states, None]
-        log_p = log_p[..., :-1]
-        weight = torch.where(kind == UNFINISHED_GAPS, missing_BS[:, None].clamp_max(1), missing_BS[:, None])
-        weight = weight * log_p.isfinite()
-        soft = -(weight * log_p.nan_to_num(neginf=0.0)).sum(2) / weight.sum(2).clamp_min(1)
-        return torch.where(kind.squeeze(2) == HARD, loss, soft)
-
-    query_BND, keys_BSD = head.query_proj(hidden_BND), head.key_proj(slots_BSD)
-    if head.config._attn_implementation == "insnext_triton":
-        target_BN = torch.where(supervised_BN | stops_BN, target_BN, -1)
-        return _streamed_loss(head, query_BND, keys_BSD, table, start_BN, target_BN, missing_BS, kinds_BN)
-    slices = [slice(i, min(i + STATES_PER_CHUNK, N)) for i in range(0, N, STATES_PER_CHUNK)]
-    chunks = [(query_BND[:, states], target_BN[:, states], states) for states in slices]
-    loss_BN = torch.cat(_chunked(states_loss, chunks, keys_BSD), 1)
-    return torch.where(supervised_BN | stops_BN, loss_BN, 0.0)
-
-
-def _streamed_loss(head, query_BND, keys_BSD, table, start_BN, target_BN, missing_BS, kinds_BN):
-    N = start_BN.shape[1]
-    entry_BN = torch.arange(N, device=start_BN.device).expand_as(start_BN)
-    # a slot into which nothing is written lives to the end of its text
-    end_BN = torch.zeros_like(start_BN).scatter_reduce(1, start_BN, entry_BN + 1, "amax")
-    end_BS = end_BN.gather(1, start_BN.gather(1, table.left_BS.clamp_min(0)))
-    dies_BS = torch.where(table.left_BS >= 0, torch.minimum(table.dies_BS, end_BS), 0)
-    return slot_cross_entropy(
-        query_BND,
-        keys_BSD,
-        head.stop_key.to(query_BND.dtype),
-        table.born_BS,
-        dies_BS,
-        target_BN,
-        missing_BS,
-        kinds_BN,
-        cap=head.cap,
-        scale=head.scaling,
-        impl="triton",
-    )
-
-
-def token_loss(
-    head: InsNextSlotHead,
-    lm_head: nn.Module,
-    never_inserted: list[int],
-    hidden_BND: torch.Tensor,
-    sides: tuple[torch.Tensor, torch.Tensor],
-    table: SlotTable,
-    input_ids_BN: torch.Tensor,
-    supervised_BN: torch.Tensor,
-) -> torch.Tensor:
-    """Return -log p(token | slot) of what each supervised state writes, `[B, N]`, 0 elsewhere.
-
-    Logits exist for at most `TOKENS_PER_CHUNK` states at a time.
-    """
-    b_M, state_M = supervised_BN.nonzero(as_tuple=True)
-    if not len(b_M):
-        return hidden_BND.new_zeros(hidden_BND.shape[:2])
-    slot_M = table.slot_BN[b_M, state_M + 1]
-    slot_MD = sides[0][b_M, table.left_BS[b_M, slot_M]] + sides[1][b_M, table.right_BS[b_M, slot_M]]
-    states_MD = head.token_state(slot_MD, hidden_BND[b_M, state_M])
-    target_M = input_ids_BN[b_M, state_M + 1]
-
-    def tokens_loss(states, target):
-        return nn.functional.cross_entropy(token_logits(states, lm_head, never_inserted), target, reduction="none")
-
-    chunks = list(zip(states_MD.split(TOKENS_PER_CHUNK), target_M.split(TOKENS_PER_CHUNK), strict=True))
-    loss_M = torch.cat(_chunked(tokens_loss, chunks))
-    return loss_M.new_zeros(hidden_BND.shape[:2]).index_put((b_M, state_M), loss_M)
-
-
-def insertion_losses(
-    head: InsNextSlotHead,
-    lm_head: nn.Module,
-    never_inserted: list[int],
-    hidden_BND: torch.Tensor,
-    input_ids_BN: torch.Tensor,
-    interval,
-    supervision: Supervision,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return position and token loss of every state, `[B, N]` in nats, and which states write something supervised.
-
-    Args:
-        head: The model's slot head.
-        lm_head: Maps token states to logits.
-        never_inserted: Ids of probability 0.
-        hidden_BND: Hidden states of the entries.
-        input_ids_BN: The entries.
-        interval: Who saw whom (`attention.Interval`).
-        supervision: What is trained on.
-
-    Raises:
-        ValueError: If `target_kinds` come without `unit_starts`, or the label of a written token is structure or
-            another token.
-    """
-    labels, stop_targets, kinds_BN, unit_starts, _ = supervision
-    positions_BN, start_BN, horizon_BN, entries_BN = interval
-    if kinds_BN is not None and unit_starts is None:
-        raise ValueError("target_kinds need unit_starts, got None")
-    table = slot_table(positions_BN, start_BN, horizon_BN)
-    targets_BN = table.written_BN & (labels != -100)
-    if not torch.compiler.is_compiling():
-        _check_targets(targets_BN, input_ids_BN, labels, never_inserted)
-    supervised_BN = _of_next(targets_BN, False)
-    ends_BN = _text_ends(start_BN)
-    # padding sees itself only, just as a text of one token would
-    stops_BN = ends_BN & (start_BN != entries_BN) if stop_targets is None else ends_BN & stop_targets
-    missing_BS = None
-    if kinds_BN is not None:
-        missing_BS = missing_units(table, positions_BN, start_BN, unit_starts)
-        kinds_BN = _of_next(kinds_BN, HARD)
-    sides = head.sequence_sides(hidden_BND)
-    position_BN = position_loss(
-        head, hidden_BND, sides, table, start_BN, supervised_BN, stops_BN, kinds_BN, missing_BS
-    )
-    token_BN = token_loss(head, lm_head, never_inserted, hidden_BND, sides, table, input_ids_BN, supervised_BN)
-    return position_BN, token_BN, supervised_BN
-
-
-def _check_targets(targets_BN, input_ids_BN, labels_BN, never_inserted) -> None:
-    structure = torch.tensor(never_inserted, dtype=torch.long, device=input_ids_BN.device)
-    for rule, wrong_BN in (
-        ("labels must be input_ids, or -100", labels_BN != input_ids_BN),
-        (f"ids {never_inserted} are structure and never written", torch.isin(input_ids_BN, structure)),
-    ):
-        if (targets_BN & wrong_BN).any():
-            b, i = (targets_BN & wrong_BN).nonzero()[0].tolist()
-            raise ValueError(
-                f"{rule}, got label {int(labels_BN[b, i])} for id {int(input_ids_BN[b, i])} at token {i} of row {b}"
-            )
-
-
-def mean_losses(
-    losses: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    start_BN: torch.Tensor,
-    step_weights_BN: torch.Tensor | None,
-    num_items: torch.Tensor | int | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the loss, and without weights and gradient its position and its token part, in nats per inserted token.
-
-    Args:
-        losses: Result of :func:`insertion_losses`.
-        start_BN: First entry of each entry's text.
-        step_weights_BN: Weight of the loss of each entry's insertion; stopping weighs 1.
-        num_items: Divisor of the loss; by default the number of supervised tokens.
-    """
-    position_BN, token_BN, supervised_BN = losses
-    count = supervised_BN.sum().clamp_min(1)
-    loss_BN = position_BN + token_BN
-    if step_weights_BN is not None:
-        loss_BN = loss_BN * torch.where(_text_ends(start_BN), 1.0, _of_next(step_weights_BN, 1.0))
-    loss = loss_BN.sum() / divisor(count, num_items)
-    return loss, position_BN.detach().sum() / count, token_BN.detach().sum() / count
-
-
-def divisor(count: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
-    """Return by what a sum of losses is divided: `num_items` where given, else `count`; at least 1."""
-    return torch.as_tensor(count if num_items is None else num_items, device=count.device).clamp_min(1)
-
-
-def _text_ends(start_BN: torch.Tensor) -> torch.Tensor:
-    return _of_next(start_BN, -1) != start_BN
-
-
-def token_logits(states: torch.Tensor, lm_head: nn.Module, never_inserted: list[int]) -> torch.Tensor:
-    """Return E . state in float32 or wider, `-inf` for ids that are structure and never inserted."""
-    logits = lm_head(states)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    structure_V = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    structure_V[never_inserted] = True
-    return logits.masked_fill(structure_V, -torch.inf)
-
-
-def _rows(values_BND: torch.Tensor, index_BS: torch.Tensor) -> torch.Tensor:
-    return values_BND.gather(1, index_BS[..., None].expand(-1, -1, values_BND.shape[-1]))
-
-
-def _of_next(values_BN: torch.Tensor, last) -> torch.Tensor:
-    """Return for every state what `values` says of the entry it decides about, the next one; `last` for the last."""
-    return torch.cat([values_BN[:, 1:], torch.full_like(values_BN[:, :1], last)], 1)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_insnext.data import (
-    HARD,
     ORDERS,
     InsertionCollator,
     Order,
+    TargetKind,
     UnitText,
     gap_indices,
     get_mixture,
@@ -125,7 +125,7 @@ def target_slots(batch, step, by_words=True):
     positions, starts = batch["positions"][0].tolist(), batch["unit_starts"][0].tolist()
     present, token = sorted(positions[:step]), positions[step]
     kind = batch["target_kinds"][0, step].item()
-    if kind == HARD:
+    if kind == TargetKind.HARD:
         return {slot_of(token, present): Fraction(1)}
     missing = dict.fromkeys(present, 0)
     for position, start in zip(positions, starts, strict=True):
@@ -159,7 +159,7 @@ def compare_with_enumeration(name, text, **measure):
         for step in range(num_context, len(positions)):
             expected = exact[tuple(positions[num_context:step])]
             target = target_slots(batch, step, **measure)
-            if batch["target_kinds"][0, step] != HARD:
+            if batch["target_kinds"][0, step] != TargetKind.HARD:
                 soft += 1
                 assert target == expected, f"{name} {units} step {step}: {target} instead of {expected}"
             else:

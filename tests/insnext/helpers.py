@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from modeling_insnext import InsNextConfig, InsNextForInsertionLM
 from modeling_insnext.insnext.attention import build_interval
-from modeling_insnext.insnext.slots import Supervision, insertion_losses
+from modeling_insnext.insnext.slot_losses import insertion_losses
+from modeling_insnext.insnext.supervision import Supervision
 
 
 PAD, BOS, EOS = 0, 1, 2
@@ -150,6 +151,4 @@ def losses_by_state(model, ids, interval, **supervision):
     """Return position and token loss of every state, `[B, N]`, and which states write something supervised."""
     supervision.setdefault("labels", ids)
     hidden = model.model(ids, interval=interval).last_hidden_state
-    return insertion_losses(
-        model.slot_head, model.lm_head, model.config.never_inserted, hidden, ids, interval, Supervision(**supervision)
-    )
+    return insertion_losses(model, hidden, ids, interval, Supervision(**supervision))

@@ -5,7 +5,6 @@ import torch
 from generation_twins import BOS, PAD, HandTwin, TextTwin, canvas_of, greedy_twin, row_of, tiny_model
 
 from modeling_insnext.insnext.draft import Draft
-from modeling_insnext.insnext.slots import token_logits
 
 
 MODEL = tiny_model()
@@ -66,7 +65,7 @@ def largest_error(ebr, parallel, static=False, model=MODEL, steps=14, kind=None,
             slots, stop, tokens = twin.scores()
             length = len(twin.ids)
             states = model.slot_head.token_state(draft.slots[row, :length], draft.state[row])
-            mine = token_logits(states, model.lm_head, model.config.never_inserted)
+            mine = model.token_logits(states)
             worst = max(
                 worst,
                 float((scores[row, :length] - slots).abs().max()),

@@ -15,9 +15,11 @@ from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import modeling_insnext.insnext.slot_losses as slot_losses
 import modeling_insnext.insnext.slots as slots
 from modeling_insnext import InsertionCache, InsNextConfig, InsNextForInsertionLM, InsNextModel
 from modeling_insnext.insnext.attention import Interval, build_interval
+from modeling_insnext.insnext.supervision import Supervision
 
 
 BUDGET = 1e-10
@@ -364,8 +366,8 @@ def test_gradient_checkpointing_changes_no_gradient(reentrant):
 def test_losses_in_chunks_equal_losses_at_once(monkeypatch):
     batch, model = training_batch(), tiny_model()
     loss, expected = gradients(model, batch)
-    monkeypatch.setattr(slots, "STATES_PER_CHUNK", 3)
-    monkeypatch.setattr(slots, "TOKENS_PER_CHUNK", 2)
+    monkeypatch.setattr(slot_losses, "STATES_PER_CHUNK", 3)
+    monkeypatch.setattr(slot_losses, "TOKENS_PER_CHUNK", 2)
     again, actual = gradients(model, batch)
     assert difference(again, loss) < BUDGET
     for name in expected:
@@ -386,28 +388,26 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_training_holds_no_table_of_all_states_and_slots_or_words(monkeypatch):
-    monkeypatch.setattr(slots, "STATES_PER_CHUNK", 16)
-    monkeypatch.setattr(slots, "TOKENS_PER_CHUNK", 16)
+    for module in (slots, slot_losses):
+        monkeypatch.setattr(module, "STATES_PER_CHUNK", 16)
+    monkeypatch.setattr(slot_losses, "TOKENS_PER_CHUNK", 16)
     n, vocab = 1024, 600
     model = tiny_model(dtype=torch.float32, hidden_size=8, intermediate_size=8, num_attention_heads=1,
                        num_hidden_layers=1, vocab_size=vocab, max_position_embeddings=n)  # fmt: skip
     ids, positions = random_text(n, 1, seeded())
     interval = build_interval(ids.shape, CPU, positions=positions, context_length=1)
     hidden = torch.randn(1, n, 8, requires_grad=True)
-    supervision = slots.Supervision(
+    supervision = Supervision(
         ids, target_kinds=torch.ones_like(ids), unit_starts=torch.ones_like(ids, dtype=torch.bool)
     )
     with LargestTensor() as seen:
-        losses = slots.insertion_losses(
-            model.slot_head, model.lm_head, model.config.never_inserted, hidden, ids, interval, supervision
-        )
+        losses = slot_losses.insertion_losses(model, hidden, ids, interval, supervision)
         (losses[0].sum() + losses[1].sum()).backward()
     assert seen.largest <= 16 * (2 * n + 1)
-    monkeypatch.setattr(slots, "STATES_PER_CHUNK", n)
+    for module in (slots, slot_losses):
+        monkeypatch.setattr(module, "STATES_PER_CHUNK", n)
     with LargestTensor() as seen:
-        slots.insertion_losses(
-            model.slot_head, model.lm_head, model.config.never_inserted, hidden, ids, interval, supervision
-        )
+        slot_losses.insertion_losses(model, hidden, ids, interval, supervision)
     assert seen.largest >= n * 2 * n
 
 

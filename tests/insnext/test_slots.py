@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import modeling_insnext.insnext.slots as slots
 from modeling_insnext.insnext.attention import build_interval
-from modeling_insnext.insnext.slots import HARD, MISSING_UNITS, UNFINISHED_GAPS, missing_units, slot_table
+from modeling_insnext.insnext.slots import missing_units, slot_table
+from modeling_insnext.insnext.supervision import TargetKind
 
 
 EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True)
@@ -156,11 +157,16 @@ def test_missing_unit_targets_are_the_mean_over_all_continuations_of_a_uniform_o
     orders = list(orders_after(context, written, 6))
     hard = torch.stack([position_losses(model, ids, order, 2)[state] for order in orders])
     for order in orders[:2]:
-        soft = position_losses(model, ids, order, 2, MISSING_UNITS)[state]
+        soft = position_losses(model, ids, order, 2, TargetKind.PROPORTIONAL)[state]
         assert difference(soft, hard.mean()) < 1e-10
-        equal = position_losses(model, ids, order, 2, UNFINISHED_GAPS)[state]
+        equal = position_losses(model, ids, order, 2, TargetKind.EQUAL)[state]
         assert written == [3, 1] or difference(equal, hard.mean()) > 1e-4  # there all gaps miss alike
-    assert difference(position_losses(model, ids, orders[0], 2, HARD), position_losses(model, ids, orders[0], 2)) == 0
+    assert (
+        difference(
+            position_losses(model, ids, orders[0], 2, TargetKind.HARD), position_losses(model, ids, orders[0], 2)
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize(("written", "gaps"), [([], [[1, 2, 3], [5], [7, 8]]), ([1, 2, 3], [[5], [7, 8]])])
@@ -175,15 +181,16 @@ def test_unfinished_gap_targets_are_the_mean_over_all_orders_of_the_gaps(written
     ]
     hard = torch.stack([position_losses(model, ids, order, 3)[state] for order in orders])
     for order in orders:
-        soft = position_losses(model, ids, order, 3, UNFINISHED_GAPS)[state]
+        soft = position_losses(model, ids, order, 3, TargetKind.EQUAL)[state]
         assert difference(soft, hard.mean()) < 1e-10
-        assert difference(position_losses(model, ids, order, 3, MISSING_UNITS)[state], hard.mean()) > 1e-4
+        assert difference(position_losses(model, ids, order, 3, TargetKind.PROPORTIONAL)[state], hard.mean()) > 1e-4
 
 
 def test_soft_targets_leave_stop_alone():
     model = tiny_model()
     positions = torch.tensor([[0, 3, 1, 2]])
-    hard, soft = (position_losses(model, torch.tensor([[1, 5, 9, 4]]), positions, 1, k) for k in (HARD, MISSING_UNITS))
+    kinds = (TargetKind.HARD, TargetKind.PROPORTIONAL)
+    hard, soft = (position_losses(model, torch.tensor([[1, 5, 9, 4]]), positions, 1, kind) for kind in kinds)
     assert soft[-1] == hard[-1] > 0
 
 

@@ -6,7 +6,8 @@ from helpers_kernels import DEVICE, relative_error
 
 from insnext_kernels import slot_cross_entropy
 from modeling_insnext import InsNextConfig, InsNextForInsertionLM
-from modeling_insnext.insnext import slots
+from modeling_insnext.insnext import slot_losses
+from modeling_insnext.insnext.supervision import Supervision
 
 
 def packed_texts(generator, lengths=(9, 14, 6), contexts=(3, 5, 6), pads=2):
@@ -61,9 +62,7 @@ def losses_and_gradients(model, inputs, implementation):
         None, (1, N), hidden.device, None, inputs["positions"], None, inputs["start"], inputs["horizon"], None, True
     )
     fields = [inputs.get(name) for name in ("labels", "stop_targets", "target_kinds", "unit_starts")]
-    position, _, _ = slots.insertion_losses(
-        model.slot_head, model.lm_head, [0], hidden, inputs["input_ids"], interval, slots.Supervision(*fields)
-    )
+    position, _, _ = slot_losses.insertion_losses(model, hidden, inputs["input_ids"], interval, Supervision(*fields))
     (position * torch.randn(position.shape, device=DEVICE, dtype=position.dtype)).sum().backward()
     gradients = {name: x.grad for name, x in model.slot_head.named_parameters() if x.grad is not None}
     return {"loss": position.detach(), "hidden": hidden.grad, **gradients}
@@ -79,12 +78,12 @@ def test_the_twin_is_the_position_loss_of_the_model(soft, seed, monkeypatch):
     def twin(*tensors, impl, **options):
         return slot_cross_entropy(*tensors, impl="reference", **options)
 
-    monkeypatch.setattr(slots, "slot_cross_entropy", twin)
+    monkeypatch.setattr(slot_losses, "slot_cross_entropy", twin)
     ours = losses_and_gradients(model, inputs, "insnext_triton")
     assert ours.keys() == exact.keys() >= {"hidden", "edge", "stop_key", "key_proj.weight", "query_proj.weight"}
     assert max(relative_error(ours[name], exact[name]) for name in exact) < 1e-13
     # control: a slot that outlives its text would be seen
-    monkeypatch.setattr(slots.torch, "minimum", lambda a, b: a)
+    monkeypatch.setattr(slot_losses.torch, "minimum", lambda a, b: a)
     assert relative_error(losses_and_gradients(model, inputs, "insnext_triton")["loss"], exact["loss"]) > 1e-3
 
 
@@ -114,7 +113,7 @@ def test_training_with_insnext_triton_is_training_with_eager(soft):
 
 
 def test_the_eager_model_never_calls_the_kernel(monkeypatch):
-    monkeypatch.setattr(slots, "slot_cross_entropy", None)
+    monkeypatch.setattr(slot_losses, "slot_cross_entropy", None)
     model, inputs = tiny_model(torch.float32), batch(False)
     model.set_attn_implementation("sdpa")
     assert model(**inputs).loss.isfinite()
