@@ -62,7 +62,8 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from modeling_insnext.insertion_trainer import InsertionTrainer
-from modeling_insnext.insnext.canvas import build_canvas, canvas_from_ids, validate_canvas
+from modeling_insnext.insnext.canvas import canvas_from_ids, validate_canvas
+from modeling_insnext.insnext.canvas_text import build_canvas
 
 
 logger = logging.getLogger(__name__)

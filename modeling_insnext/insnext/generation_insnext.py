@@ -12,7 +12,8 @@ from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaL
 from transformers.generation import MaxTimeCriteria
 
 from .beam import beam_search
-from .canvas import build_canvas, canvas_from_ids, validate_canvas
+from .canvas import canvas_from_ids, validate_canvas
+from .canvas_text import build_canvas
 from .decoding import InsertionGenerateOutput, TokenRules, keep_left_padding, padding_token
 from .draft import Draft
 from .generation_configuration import (
@@ -95,7 +96,7 @@ class InsertionGenerationMixin(GenerationMixin):
             text: One text or a batch; gaps open at the marks only, `___` by default. `___{2,5}` bounds the tokens of a
                 gap.
             keywords: Words or phrases, a list or a batch of lists. Phrases stay whole, gaps open around them.
-            **options: `gap`, `min_gap_tokens`, `max_gap_tokens`, `ordered`; see `canvas.build_canvas`. With
+            **options: `gap`, `min_gap_tokens`, `max_gap_tokens`, `ordered`; see `canvas_text.build_canvas`. With
                 `ordered=False` the model chooses the order of the keywords: each goes where its beginning is
                 likeliest.
 

@@ -9,12 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_insnext.insnext.canvas import (
-    build_canvas,
-    canvas_from_ids,
-    validate_canvas,
-)
-from modeling_insnext.insnext.word_pieces import continuation_mask_of
+from modeling_insnext.insnext.canvas import canvas_from_ids, validate_canvas
+from modeling_insnext.insnext.canvas_pieces import continuation_mask_of
+from modeling_insnext.insnext.canvas_text import build_canvas
 
 
 CORPUS = [

@@ -1,0 +1,274 @@
+"""From text with marks, or keywords, to a canvas: rows of token ids and the gaps between them."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from transformers import BatchEncoding
+
+from .canvas_pieces import continuation_mask_of, ids_inside_text, token_ids
+
+
+Bounds = int | None | Sequence[Any]
+
+CLOSING = re.compile(r"""[.,;:!?)\]}%…’”»›、。，；：！？）】」』]+(\s|$)""")
+OPENING = re.compile(r"""(^|\s)[(\[{¿¡‘“«‹（【「『]+$""")
+
+
+class Segment(NamedTuple):
+    """Given text between two gaps."""
+
+    text: str
+    spaced_left: bool
+    spaced_right: bool
+
+
+class Gap(NamedTuple):
+    """Bounds written after a mark, None where there are none."""
+
+    minimum: int | None = None
+    maximum: int | None = None
+
+
+class Row(NamedTuple):
+    """A canvas before padding; `gap_after[i]` is the gap right of token i, -1 where the slot is closed."""
+
+    ids: list[int]
+    gap_after: list[int]
+    word_end: list[bool]
+    gaps: list[Gap]
+
+
+def build_canvas(
+    tokenizer,
+    text: str | list[str] | None = None,
+    keywords: list[str] | list[list[str]] | None = None,
+    gap: str = "___",
+    min_gap_tokens: Bounds = None,
+    max_gap_tokens: Bounds = None,
+    ordered: bool = True,
+    order_phrases: Callable[[list[list[int]]], Sequence[int]] | None = None,
+    vocab_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> BatchEncoding:
+    """Return the canvas of `text` with marks, or of `keywords` with a gap before, between and after them.
+
+    A mark with a space beside it stands for words: no piece glues to the given word there. A mark without one, as in
+    "un___able", stands for a part of the word. A space before closing or after opening punctuation beside a mark is
+    dropped. Newlines beside a mark are given text. A longer run of the same character is still one mark.
+
+    Args:
+        tokenizer: Tokenizer of the model; byte-level BPE, sentencepiece or WordPiece.
+        text: One text or a batch; each mark, `gap`, is a gap. Bounds of the number of tokens may follow a mark:
+            `___{3}`, `___{2,5}`, `___{2,}`, `___{,5}`.
+        keywords: Words or phrases, one list or a batch of lists. Phrases stay whole.
+        gap: The mark.
+        min_gap_tokens: Least number of tokens in each gap without bounds of its own: one for all, a list with one a
+            gap, or a list of such lists, one a row. None is 0.
+        max_gap_tokens: Largest number of tokens, likewise. None is no bound.
+        ordered: Whether keywords keep their order.
+        order_phrases: Called with the token ids of the phrases of a row if not `ordered`; returns a permutation.
+        vocab_size: Number of embeddings of the model, `len(tokenizer)` if None; length of `continuation_mask`.
+        device: Device of the tensors.
+
+    Returns:
+        `input_ids`, `attention_mask`, `gap_ids` int64 and `slot_mask`, `word_end_mask` bool, all `[B, T]`;
+        `min_gap_tokens`, `max_gap_tokens` int64 `[B, G]`; `continuation_mask` bool `[V]`, see `continuation_mask_of`.
+
+    Raises:
+        ValueError: If there is no text, mark or keyword, bounds contradict each other, gaps touch, the tokenizer has
+            no BOS or no token for a given word, or its ids exceed `vocab_size`.
+    """
+    if (text is None) == (keywords is None):
+        raise ValueError(f"give text or keywords, one of both, got text={text!r} and keywords={keywords!r}")
+    if tokenizer.bos_token_id is None:
+        raise ValueError("a canvas starts with BOS, and this tokenizer has no bos_token")
+    if not isinstance(gap, str) or not gap.strip():
+        raise ValueError(f"gap must be a mark that is not blank, got {gap!r}")
+    if text is not None:
+        if not ordered:
+            raise ValueError("ordered=False is for keywords; the words of a text keep their order")
+        rows = [_text_row(tokenizer, one, gap) for one in _texts(text)]
+    else:
+        if not ordered and order_phrases is None:
+            raise ValueError("ordered=False needs order_phrases, which chooses the order; model.canvas has one")
+        order = None if ordered else order_phrases
+        rows = [_keyword_row(tokenizer, phrases, gap, order) for phrases in _phrase_lists(keywords)]
+    bounds = _gap_bounds(rows, min_gap_tokens, max_gap_tokens)
+    continuation_mask = continuation_mask_of(tokenizer, vocab_size)
+    highest = max(max(row.ids) for row in rows)
+    if highest >= len(continuation_mask):
+        raise ValueError(f"vocabulary mismatch: token id {highest} in a vocabulary of {len(continuation_mask)}")
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.bos_token_id
+    minima, maxima = zip(*bounds, strict=True)
+    canvas = {
+        "input_ids": _pad([row.ids for row in rows], pad),
+        "attention_mask": _pad([[1] * len(row.ids) for row in rows], 0),
+        "slot_mask": _pad([[index >= 0 for index in row.gap_after] for row in rows], False),
+        "gap_ids": _pad([row.gap_after for row in rows], -1),
+        "min_gap_tokens": _pad(minima, 0),
+        "max_gap_tokens": _pad(maxima, -1),
+        "word_end_mask": _pad([row.word_end for row in rows], False),
+        "continuation_mask": continuation_mask,
+    }
+    return BatchEncoding({name: tensor.to(device) for name, tensor in canvas.items()})
+
+
+def _texts(text: str | list[str]) -> list[str]:
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts:
+        raise ValueError("empty canvas: text is an empty list")
+    for one in texts:
+        if not isinstance(one, str):
+            raise ValueError(f"text must be a string or a list of strings, got {one!r}")
+    return texts
+
+
+def _phrase_lists(keywords: list[str] | list[list[str]]) -> list[list[str]]:
+    if isinstance(keywords, str) or not isinstance(keywords, Sequence):
+        raise ValueError(f"keywords must be a list of phrases, got {keywords!r}")
+    if not keywords:
+        raise ValueError("empty canvas: keywords is an empty list")
+    batch = [list(keywords)] if any(isinstance(entry, str) for entry in keywords) else [list(row) for row in keywords]
+    for row, phrases in enumerate(batch):
+        if not phrases:
+            raise ValueError(f"empty canvas: keywords of row {row} is an empty list")
+        for phrase in phrases:
+            if not isinstance(phrase, str) or not phrase.strip():
+                raise ValueError(f"a keyword must be a string that is not blank, got {phrase!r} in row {row}")
+    return batch
+
+
+def _text_row(tokenizer, text: str, mark: str) -> Row:
+    segments, gaps = _split(text, mark)
+    if not gaps:
+        raise ValueError(f"a text needs at least one mark {mark!r} to open a gap, got {text!r}")
+    ids, gap_after, word_end = [tokenizer.bos_token_id], [-1], [False]
+    for index, segment in enumerate(segments):
+        pieces = _encode(tokenizer, segment, first=index == 0)
+        if not pieces and 0 < index < len(gaps):
+            raise ValueError(f"gaps {index - 1} and {index} touch: no given token stands between them in {text!r}")
+        ids += pieces
+        gap_after += [-1] * len(pieces)
+        word_end += [False] * len(pieces)
+        if index < len(gaps):
+            gap_after[-1] = index
+            word_end[-1] = bool(pieces) and segment.spaced_right
+    return Row(ids, gap_after, word_end, gaps)
+
+
+def _keyword_row(tokenizer, phrases: list[str], mark: str, order_phrases) -> Row:
+    for phrase in phrases:
+        if mark in phrase:
+            raise ValueError(f"a keyword is given whole and has no mark {mark!r}, got {phrase!r}")
+    pieces = [_encode(tokenizer, _segment(f" {phrase.strip()} ", True, True), first=False) for phrase in phrases]
+    if order_phrases is not None:
+        order = [int(index) for index in order_phrases([list(ids) for ids in pieces])]
+        if sorted(order) != list(range(len(pieces))):
+            raise ValueError(f"order_phrases must return a permutation of {len(pieces)} phrases, got {order}")
+        pieces = [pieces[index] for index in order]
+    ids, gap_after, word_end = [tokenizer.bos_token_id], [0], [False]
+    for index, phrase_ids in enumerate(pieces):
+        ids += phrase_ids
+        gap_after += [-1] * (len(phrase_ids) - 1) + [index + 1]
+        word_end += [False] * (len(phrase_ids) - 1) + [True]
+    return Row(ids, gap_after, word_end, [Gap()] * (len(pieces) + 1))
+
+
+def _split(text: str, mark: str) -> tuple[list[Segment], list[Gap]]:
+    """Cut a text at its marks into n + 1 segments and n gaps."""
+    longer = f"(?:{re.escape(mark[0])})*" if len(set(mark)) == 1 else ""
+    pattern = re.compile(re.escape(mark) + longer + r"(\{[^{}\s]*\})?")
+    matches = list(pattern.finditer(text))
+    edges = [0, *(edge for match in matches for edge in match.span()), len(text)]
+    segments = [
+        _segment(text[edges[i] : edges[i + 1]], after_gap=i > 0, before_gap=i + 2 < len(edges))
+        for i in range(0, len(edges), 2)
+    ]
+    return segments, [_inline_bounds(index, match[1]) for index, match in enumerate(matches)]
+
+
+def _segment(raw: str, after_gap: bool, before_gap: bool) -> Segment:
+    text = raw
+    if after_gap:
+        text = text.lstrip(" \t")
+    if before_gap:
+        text = text.rstrip(" \t")
+    spaced_left = after_gap and raw != raw.lstrip(" \t") and not CLOSING.match(text) and text[:1] != "\n"
+    # a straight quote opens as often as it closes, so what follows it is the model's choice
+    free_right = OPENING.search(text) or text.endswith(('"', "\n"))
+    spaced_right = before_gap and raw != raw.rstrip(" \t") and not free_right
+    return Segment(text, spaced_left, spaced_right)
+
+
+def _inline_bounds(index: int, bounds: str | None) -> Gap:
+    if bounds is None:
+        return Gap()
+    match = re.fullmatch(r"\{(\d*)(,?)(\d*)\}", bounds)
+    if match is None or not (match[1] or match[3]):
+        raise ValueError(f"bounds of gap {index} must be {{n}}, {{n,}}, {{,m}} or {{n,m}}, got {bounds}")
+    minimum = int(match[1] or 0)
+    if not match[2]:
+        return Gap(minimum, minimum)
+    return Gap(minimum, int(match[3]) if match[3] else -1)
+
+
+def _encode(tokenizer, segment: Segment, first: bool) -> list[int]:
+    """Return the ids that the segment has in the middle of a text, or at its start if `first`."""
+    if not segment.text:
+        return []
+    if first:
+        ids = token_ids(tokenizer, segment.text)
+    else:
+        ids = ids_inside_text(tokenizer, (" " if segment.spaced_left else "") + segment.text)
+    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    for index in ids:
+        if index in special or index == tokenizer.unk_token_id:
+            what = "has no token for a part of" if index == tokenizer.unk_token_id else "reads a special token in"
+            token = tokenizer.convert_ids_to_tokens(index)
+            raise ValueError(f"given text must survive as it is, but the tokenizer {what} {segment.text!r}: {token!r}")
+    return ids
+
+
+def _gap_bounds(rows: list[Row], minimum: Bounds, maximum: Bounds) -> list[tuple[list[int], list[int]]]:
+    minima = _bounds_by_row("min_gap_tokens", minimum, rows)
+    maxima = _bounds_by_row("max_gap_tokens", maximum, rows)
+    for row, canvas in enumerate(rows):
+        for index, own in enumerate(canvas.gaps):
+            low = next(bound for bound in (own.minimum, minima[row][index], 0) if bound is not None)
+            high = next(bound for bound in (own.maximum, maxima[row][index], -1) if bound is not None)
+            if 0 <= high < low:
+                raise ValueError(f"bounds of gap {index} in row {row} contradict: minimum {low}, maximum {high}")
+            minima[row][index], maxima[row][index] = low, high
+    return list(zip(minima, maxima, strict=True))
+
+
+def _bounds_by_row(name: str, bounds: Bounds, rows: list[Row]) -> list[list[int | None]]:
+    """Spread one number, a list with one a gap or a list of lists over the gaps of all rows."""
+    if bounds is None or isinstance(bounds, int):
+        by_row = [[bounds] * len(row.gaps) for row in rows]
+    elif any(isinstance(entry, Sequence) for entry in bounds):
+        if len(bounds) != len(rows):
+            raise ValueError(f"{name} has {len(bounds)} lists for {len(rows)} rows")
+        by_row = [
+            list(entry) if isinstance(entry, Sequence) else [entry] * len(row.gaps)
+            for entry, row in zip(bounds, rows, strict=True)
+        ]
+    else:
+        by_row = [list(bounds) for _ in rows]
+    for row, (entries, canvas) in enumerate(zip(by_row, rows, strict=True)):
+        if len(entries) != len(canvas.gaps):
+            raise ValueError(f"{name} has {len(entries)} entries {entries} for {len(canvas.gaps)} gaps in row {row}")
+        for index, entry in enumerate(entries):
+            if entry is not None and (isinstance(entry, bool) or not isinstance(entry, int) or entry < 0):
+                raise ValueError(f"{name} of gap {index} in row {row} must be an integer of at least 0, got {entry!r}")
+    return by_row
+
+
+def _pad(rows: Sequence[list], value: int | bool) -> torch.Tensor:
+    width = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+__all__ = ["build_canvas"]
