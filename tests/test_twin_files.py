@@ -24,5 +24,11 @@ def test_both_architectures_hold_the_same_file_but_for_their_names(name):
     assert nameless(name, "insnext") == nameless(name, "drt")
 
 
+def test_the_metric_of_keywords_stands_alone_and_finds_them_as_training_does():
+    """A module of `evaluate` travels without this package."""
+    metric = PACKAGE.parent / "examples" / "metrics" / "keyword_coverage" / "forms.py"
+    assert metric.read_text(encoding="utf-8") == (PACKAGE / "data" / "forms.py").read_text(encoding="utf-8")
+
+
 def test_control_other_files_differ():
     assert nameless("cache", "insnext") != nameless("cache", "drt")

@@ -57,7 +57,7 @@ assert Path(modeling_insnext.__file__).is_relative_to(site)
 """
 EXAMPLES = {
     "quickstart.py": [],
-    "run_scoring.py": [
+    "scripts/run_scoring.py": [
         *("--task", "perplexity", "--data_file", "rows.jsonl", "--output_dir", "scores"),
         *("--model_name_or_path", str(ROOT / "examples" / "checkpoints" / "drt-mini")),
     ],

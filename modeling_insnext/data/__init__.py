@@ -1,8 +1,11 @@
-"""Insertion orders, contexts and collators: what training reads. Needs numpy and torch only."""
+"""What training reads: insertion orders, contexts, collators, keywords. Needs numpy and torch only."""
 
 from .collators import InsertionCollator, first_fit
 from .contexts import ContextMixture
+from .keywords import inflections, keyword_spans
 from .orders import ORDERS, Order, OrderMixture, TargetKind, gap_indices, get_mixture, get_order
+from .sentences import split_sentences
+from .text_file import load_texts, save_texts
 from .units import UnitText, cut_text, rarity_table, sentence_end_table, word_start_table
 
 
@@ -19,7 +22,12 @@ __all__ = [
     "gap_indices",
     "get_mixture",
     "get_order",
+    "inflections",
+    "keyword_spans",
+    "load_texts",
     "rarity_table",
+    "save_texts",
     "sentence_end_table",
+    "split_sentences",
     "word_start_table",
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = EXAMPLES / "scripts"
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["datasets", "peft", "transformers.trainer", "modeling_insnext.insertion_trainer"])
 
@@ -58,7 +59,7 @@ def free_port() -> int:
 
 
 def _child(script: str, arguments: list[str], log: str, kill_at: int | None, group: tuple | None) -> None:
-    sys.path.insert(0, str(EXAMPLES))
+    sys.path.insert(0, str(SCRIPTS))
     sys.argv = [script, *arguments]
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)

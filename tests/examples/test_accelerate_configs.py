@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
 from script_models import CLASSES, SHAPES, losses, row, tiny_tokenizer, weights
-from script_runner import EXAMPLES, FORKS, enter_group, free_port, run, run_group
+from script_runner import EXAMPLES, FORKS, SCRIPTS, enter_group, free_port, run, run_group
 
 
 # every chunk is retrieved, so that the noise on the choice, which each process draws for itself, changes nothing
@@ -59,7 +59,7 @@ def test_two_gloo_processes_train_as_one(model_type, home, tmp_path):
 def test_accelerate_launches_two_processes_that_train_as_one(home, tmp_path):
     run("run_pretraining", arguments(home, "insnext", tmp_path / "one", 4), tmp_path / "log")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", str(free_port())]
-    launch += ["--config_file", str(EXAMPLES / "accelerate" / "multi_cpu.yaml"), str(EXAMPLES / "run_pretraining.py")]
+    launch += ["--config_file", str(EXAMPLES / "accelerate" / "multi_cpu.yaml"), str(SCRIPTS / "run_pretraining.py")]
     given = arguments(home, "insnext", tmp_path / "two", 2)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*launch, *given], capture_output=True, text=True, env=environment, cwd=tmp_path)

@@ -36,7 +36,7 @@ def corpus(tmp_path_factory):
     for name, part in (("train", texts[:20]), ("valid", texts[20:24])):
         with gzip.open(folder / "books" / f"{name}.jsonl.gz", "wt", encoding="utf-8") as file:
             file.writelines(json.dumps({"text": text, "children": False}) + "\n" for text in part)
-    run("prepare_books.py", "--data_dir", str(folder), "--output_dir", str(folder), "--vocab_size", "400")
+    run("checkpoints/prepare_books.py", "--data_dir", str(folder), "--output_dir", str(folder), "--vocab_size", "400")
     return folder
 
 
@@ -49,7 +49,7 @@ def losses(output_dir: Path) -> list[float]:
 
 def test_training_goes_on_where_it_was_stopped_and_needles_are_asked_for(corpus, tmp_path):
     assert np.load(corpus / "train.npy").dtype == np.uint16
-    train = ("train_drt.py", "--corpus", str(corpus), *SIZES)
+    train = ("checkpoints/train_drt.py", "--corpus", str(corpus), *SIZES)
     run(*train, "--output_dir", str(tmp_path / "whole"), "--max_steps", "4", "--save_steps", "4")
     run(*train, "--output_dir", str(tmp_path / "parts"), "--max_steps", "4", "--save_steps", "2")
     for name in ("checkpoint-4", "final"):
@@ -64,7 +64,7 @@ def test_training_goes_on_where_it_was_stopped_and_needles_are_asked_for(corpus,
     needles = "--lengths 256 512 --samples 3 2 --kinds passkey two_hop --location disk".split()
     text = str(corpus / "valid.npy")
     output = ("--output", str(tmp_path / "needles"))
-    run("needle_in_a_haystack.py", "--models", *models, "--haystack", text, *needles, *output)
+    run("studies/needle_in_a_haystack.py", "--models", *models, "--haystack", text, *needles, *output)
     report = json.loads((tmp_path / "needles.json").read_text())
     assert [report["results"]["window"]["two_hop"][str(n)]["exact"]["n"] for n in (256, 512)] == [3, 2]
     assert (tmp_path / "needles.png").stat().st_size > 10_000
@@ -72,7 +72,7 @@ def test_training_goes_on_where_it_was_stopped_and_needles_are_asked_for(corpus,
     sizes = (
         "--contexts 32 128 --places 3 --targets 16 --decode_contexts 200 600 --steps 16 --searches exact faiss".split()
     )
-    run("evaluate_drt.py", "--models", *models, "--text", text, *sizes, "--output", str(tmp_path / "drt"))
+    run("studies/evaluate_drt.py", "--models", *models, "--text", text, *sizes, "--output", str(tmp_path / "drt"))
     report = json.loads((tmp_path / "drt.json").read_text())
     assert report["perplexity"]["window"]["32"]["loss"] > 0
     for search in ("exact", "faiss"):

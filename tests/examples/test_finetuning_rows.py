@@ -6,7 +6,7 @@ import logging
 import pytest
 import run_finetuning
 import torch
-from common import write_lines
+from common.training import write_lines
 from datasets import Dataset, DatasetDict
 from script_models import CLASSES, SHAPES, tiny_model, tiny_tokenizer
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
@@ -104,3 +104,16 @@ def test_training_texts_are_checked(texts):
 def test_lines_hold_no_nan(tmp_path):
     write_lines(tmp_path / "a", [{"a": [float("nan"), 1.5], "b": {"c": float("inf")}, "d": torch.float32}])
     assert json.loads((tmp_path / "a").read_text()) == {"a": [None, 1.5], "b": {"c": None}, "d": "torch.float32"}
+
+
+def test_the_tokens_of_keywords_are_given_and_what_is_missing_is_counted():
+    tokenizer = tiny_tokenizer()
+    args = run_finetuning.FinetuningArguments(task="keywords", keywords_column="words")
+    texts, words = [["The old man sees a cat", "a dog"]], [["Old Man", "cat"]]
+    made = run_finetuning.insertion_examples(args, tokenizer)({"text": texts, "words": words})
+    given = [
+        tokenizer.decode([token for token, given in zip(*pair, strict=True) if given])
+        for pair in zip(made["input_ids"], made["given"], strict=True)
+    ]
+    assert [text.split() for text in given] == [["old", "man", "cat"], []]
+    assert made["found"] == [2, 0] and made["asked"] == [2, 2]

@@ -161,8 +161,8 @@ def test_the_command_line_knows_both_models_and_the_local_tasks(case, tmp_path):
     name = "insnext" if lm_class is InsNextLM else "drt"
     tasks = ",".join(f"local_{name}" for name in DATA)
     command = f"--model {name} --model_args pretrained={folder} --tasks {tasks} --output_path out".split()
-    command += ["--include_path", str(ROOT / "examples" / "lm_eval_tasks")]
-    script = str(ROOT / "examples" / "lm_eval_adapter.py")
+    command += ["--include_path", str(ROOT / "examples" / "scripts" / "lm_eval_tasks")]
+    script = str(ROOT / "examples" / "scripts" / "lm_eval_adapter.py")
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT)
     done = subprocess.run(

@@ -5,10 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import resume
 import run_pretraining
 from script_models import save_tiny_model
 from transformers.trainer import TRAINER_STATE_NAME
+
+from modeling_insnext.runs import checkpoint_to_resume
 
 
 QUIET = "--use_cpu --report_to none --disable_tqdm true --stage sentences --block_size 32".split()
@@ -42,7 +43,7 @@ def checkpoints(folder: Path, *names: str) -> None:
 def test_the_checkpoint_to_go_on_from(tmp_path):
     def found(given, do_train=True):
         training = SimpleNamespace(do_train=do_train, resume_from_checkpoint=given, output_dir=str(tmp_path))
-        return resume.checkpoint_to_resume(training)
+        return checkpoint_to_resume(training)
 
     assert found(None) is found("False") is found(False) is None
     with pytest.raises(ValueError, match="resume_from_checkpoint True needs a checkpoint in output_dir"):

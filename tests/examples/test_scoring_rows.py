@@ -5,7 +5,7 @@ import os
 
 import pytest
 import run_scoring
-from arguments import ModelArguments
+from common.arguments import ModelArguments
 from script_models import tiny_tokenizer
 
 

@@ -155,7 +155,7 @@ def test_bad_arguments_are_refused_before_a_model_is_loaded(case, home, tmp_path
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml"])
 def test_a_file_of_arguments_means_what_flags_mean(suffix, home, tmp_path):
-    arguments = importlib.import_module("arguments")
+    arguments = importlib.import_module("common.arguments")
     given = {
         "model_type": "insnext",
         "tokenizer_name": "x",

@@ -1,11 +1,14 @@
-"""The scripts that make the tables of the README: on tiny data, interrupted runs are not run again."""
+"""The studies that make tables by running scripts: on tiny data, interrupted runs are not run again."""
 
 import gzip
+import importlib
 import json
+import subprocess
 
 import classification_table
 import commongen_table
 import pytest
+import report
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +30,26 @@ def data_dir(tmp_path_factory):
     return folder
 
 
+def run_here(name: str, args: list[str]) -> None:
+    """Run a script in this process: a dozen processes would take minutes to import the same."""
+    importlib.import_module(name.removesuffix(".py")).main(args)
+
+
+def fail(name: str, args: list[str]) -> None:
+    pytest.fail(f"{name} was run again")
+
+
+def test_a_script_is_run_in_a_process_of_its_own_and_its_failure_is_told(capfd):
+    report.run_script("run_scoring.py", ["--help"])
+    assert "--data_file" in capfd.readouterr().out
+    with pytest.raises(subprocess.CalledProcessError):
+        report.run_script("run_scoring.py", ["--no_such_option"])
+
+
 def test_the_table_of_classifiers_is_written_and_goes_on(data_dir, tmp_path, monkeypatch):
     args = ["--data_dir", str(data_dir), "--output", str(tmp_path / "table"), "--runs", str(tmp_path / "runs")]
     args += ["--max_steps", "2", "--batch_size", "4", "--seeds", "0", "1"]
+    monkeypatch.setattr(classification_table, "run_script", run_here)
     report = classification_table.main(args)
     assert {task: set(rows) for task, rows in report["results"].items()} == {
         name: {"whole", "LoRA", "untrained"} for name in classification_table.TASKS
@@ -38,13 +58,14 @@ def test_the_table_of_classifiers_is_written_and_goes_on(data_dir, tmp_path, mon
     lines = (tmp_path / "table.md").read_text().split("\n")
     assert len([line for line in lines if line.startswith(("| SST-2 |", "| CoLA |"))]) == 8
 
-    monkeypatch.setattr(classification_table.run_classification, "main", lambda args: pytest.fail("ran again"))
+    monkeypatch.setattr(classification_table, "run_script", fail)
     assert classification_table.main(args)["results"] == report["results"]
 
 
 def test_the_table_of_commongen_is_written_and_goes_on(data_dir, tmp_path, monkeypatch):
     args = ["--data_dir", str(data_dir), "--output", str(tmp_path / "table"), "--runs", str(tmp_path / "runs")]
     args += ["--max_steps", "2"]
+    monkeypatch.setattr(commongen_table, "run_script", run_here)
     report = commongen_table.main(args)
     rows = {(row["model"], row["order"], row["mode"]): row for row in report["results"]}
     assert len(rows) == 18 and all(row["coverage"] == 1 for row in rows.values())
@@ -53,7 +74,7 @@ def test_the_table_of_commongen_is_written_and_goes_on(data_dir, tmp_path, monke
     anew = rows["LoRA", "one place a step", "re-encoded at every step"]
     assert anew["encoded_per_written"] > rows["LoRA", "one place a step", "EBR off"]["encoded_per_written"]
 
-    monkeypatch.setattr(commongen_table.run_finetuning, "main", lambda args: pytest.fail("trained again"))
+    monkeypatch.setattr(commongen_table, "run_script", fail)
     assert commongen_table.main(args)["results"] == report["results"]
 
 

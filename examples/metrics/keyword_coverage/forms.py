@@ -21,6 +21,8 @@ def regular_forms(word: str) -> set[str]:
     forms = {word + ending for ending in ("", "s", "es", "ed", "ing")}
     if word.endswith("e"):
         forms |= {word + "d", word[:-1] + "ing"}
+    if word.endswith("ie"):
+        forms.add(word[:-2] + "ying")
     consonant_y = len(word) > 1 and word.endswith("y") and word[-2] not in VOWELS
     if consonant_y:
         forms |= {word[:-1] + "ies", word[:-1] + "ied"}

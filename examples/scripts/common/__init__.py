@@ -1,0 +1,1 @@
+"""What the scripts share; they find it because it lies beside them."""

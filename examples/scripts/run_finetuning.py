@@ -1,0 +1,352 @@
+"""Fine-tune with LoRA, DoRA or whole: writing around keywords, filling gaps, or going on behind a prompt.
+
+    python examples/scripts/run_finetuning.py --task keywords --text_column references --keywords_column concepts \
+        --model_name_or_path examples/checkpoints/insnext-mini --adapter lora --learning_rate 3e-3 \
+        --train_file commongen/train.jsonl.gz --test_file commongen/dev.jsonl --do_train --do_predict \
+        --output_dir runs/commongen
+    python examples/scripts/run_finetuning.py --task infilling --model_name_or_path examples/checkpoints/insnext-mini \
+        --train_file stories.jsonl --do_train --output_dir runs/infilling
+    python examples/scripts/run_finetuning.py --task completion --prompt_column question --completion_column answer \
+        --model_name_or_path MODEL --train_file questions.jsonl --do_train --output_dir runs/answers
+
+    task        for       a row of training data                        what --do_predict writes for a row of test data
+    keywords    InsNeXt   texts and the words given in them; without    a text around its words
+                          --keywords_column rare words of the text
+    infilling   InsNeXt   texts, of which one to three spans are        the text with its gaps, ___, filled
+                          missing, drawn anew every epoch
+    completion  both      a prompt and its completion                   the completion
+
+A column of texts may hold a list of texts a row. Keywords are lists of words and phrases. They are given where they
+stand as whole words, inflected or not, whatever their case; the log says how many do not stand in their texts. In
+prediction they are the keywords, as they are and in their order. Of what is longer than --max_length the end is cut; a
+row of which nothing is left to learn, as its prompt is so long, is left out, and the log says how many are. A text
+that spells a special token, as "<pad>", means its letters.
+
+Predictions go to predictions.jsonl in --output_dir, each row with its `prediction`; every row is checked before
+anything is trained. `eval_perplexity` (DRT) is per token of the completions, whatever the batches. An adapter is saved
+alone: `AutoPeftModelForCausalLM.from_pretrained(output_dir)` loads it with its base. Interrupted, the same command
+goes on from the last complete checkpoint.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from common.arguments import (
+    AdapterArguments,
+    DataArguments,
+    InsertionArguments,
+    ModelArguments,
+    check_choice,
+    json_object,
+    parse,
+)
+from common.data import insertion_collator, load_splits, split_of, wanted_examples, without_eos
+from common.models import add_adapter, load_config, load_model, load_tokenizer
+from common.training import note_arguments, start, train_and_evaluate, write_lines
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+from modeling_insnext.data import keyword_spans
+from modeling_insnext.insertion_trainer import InsertionTrainer
+from modeling_insnext.insnext.canvas import canvas_from_ids, validate_canvas
+from modeling_insnext.insnext.canvas_text import build_canvas
+
+
+logger = logging.getLogger(__name__)
+
+REENCODED = {"reencode": 0.6, "windowed": 0.1}
+
+
+@dataclass
+class FinetuningArguments:
+    task: str = field(metadata={"help": "keywords, infilling or completion."})
+    text_column: str | None = field(default=None, metadata={"help": "keywords, infilling: texts; by default text."})
+    keywords_column: str | None = field(default=None, metadata={"help": "keywords: lists of words."})
+    prompt_column: str | None = field(default=None, metadata={"help": "completion: prompts; by default prompt."})
+    completion_column: str | None = field(default=None, metadata={"help": "completion: by default completion."})
+    max_length: int = field(default=512, metadata={"help": "Tokens of a text; what is longer is cut."})
+    generation: str = field(default='{"max_new_tokens": 40}', metadata={"help": "Options of generate, JSON."})
+
+    def __post_init__(self):
+        columns = {
+            "keywords": {"text_column": "text", "keywords_column": None},
+            "infilling": {"text_column": "text"},
+            "completion": {"prompt_column": "prompt", "completion_column": "completion"},
+        }
+        check_choice("task", self.task, columns)
+        for name in ("text_column", "keywords_column", "prompt_column", "completion_column"):
+            if name not in columns[self.task] and getattr(self, name) is not None:
+                raise ValueError(f"{name} is not for task {self.task}, got {getattr(self, name)!r}")
+            setattr(self, name, getattr(self, name) or columns[self.task].get(name))
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, got {self.max_length}")
+        json_object("generation", self.generation)
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of training data."""
+        names = (self.text_column, self.keywords_column, self.prompt_column, self.completion_column)
+        return [name for name in names if name is not None]
+
+    @property
+    def test_columns(self) -> list[str]:
+        read = {"keywords": self.keywords_column, "infilling": self.text_column, "completion": self.prompt_column}
+        return [read[self.task]]
+
+    @property
+    def contexts(self) -> dict:
+        """What is given of a text, beside what the row says."""
+        if self.task == "completion":
+            return {}
+        drawn = {"infilling": {"spans": 1.0}, "keywords": {} if self.keywords_column else {"keywords": 1.0}}
+        return {**drawn[self.task], **REENCODED}
+
+
+def check(args: FinetuningArguments, insertion: InsertionArguments, training, model_type: str) -> None:
+    """Raise a `ValueError` if the task is not for the architecture or cannot be predicted."""
+    if model_type != "insnext":
+        insertion.refuse(f"which model type {model_type} does not write")
+        if args.task != "completion":
+            raise ValueError(f"task {args.task} needs model type insnext, got {model_type!r}, which writes at the end")
+    if training.do_predict and args.task == "keywords" and args.keywords_column is None:
+        raise ValueError("do_predict with task keywords needs keywords_column, got None")
+    if training.do_predict and training.world_size > 1:
+        raise ValueError(f"do_predict needs one process, got {training.world_size}")
+
+
+# rows
+
+
+def texts_of(value) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def are_texts(values) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
+
+
+def check_rows(args: FinetuningArguments, rows, split: str, columns: list[str]) -> None:
+    """Raise a `ValueError` that names the row if a value is not what its column is read as."""
+    for column in columns:
+        for number, value in enumerate(rows[column]):
+            if column == args.keywords_column:
+                kind, right = "a list of words and phrases", are_texts(value) and all(map(str.strip, value))
+            elif column == args.text_column and split != "test":
+                kind, right = "a text or a list of texts", isinstance(value, str) or value != [] and are_texts(value)
+            else:
+                kind, right = "a text", isinstance(value, str)
+            if not right:
+                raise ValueError(f"{column} must be {kind}, got {value!r} in row {number} of the {split} data")
+
+
+def check_tests(args: FinetuningArguments, tokenizer, config, tests) -> None:
+    """Raise a `ValueError` that names the row if the model cannot write for a row of the test data."""
+    check_rows(args, tests, "test", args.test_columns)
+    insnext, room = config.model_type == "insnext", json_object("generation", args.generation).get("max_new_tokens")
+    for number, value in enumerate(tests[args.test_columns[0]]):
+        try:
+            if args.task != "completion":
+                canvas = build_canvas(tokenizer, **given_of(args, [value]), vocab_size=config.vocab_size)
+            elif ids := prompt_ids(tokenizer, [value])[0]:
+                canvas = canvas_from_ids(torch.tensor([ids]))
+            else:
+                raise ValueError(f"{args.prompt_column} must have at least one token, got {value!r}")
+            if insnext:
+                validate_canvas(canvas, config.vocab_size, room, config.max_position_embeddings)
+        except ValueError as error:
+            raise ValueError(f"row {number} of the test data: {error}") from error
+
+
+def report_losses(rows: dict, splits, args: FinetuningArguments) -> None:
+    """Log how many rows and keywords the examples lack."""
+    for name, made in rows.items():
+        split = {"train_dataset": "train", "eval_dataset": "validation"}[name]
+        if "asked" in made.column_names:
+            asked = sum(made["asked"])
+            logger.info(
+                "%s data: %d of %d keywords do not stand in their texts", split, asked - sum(made["found"]), asked
+            )
+        left_out = len(splits[split]) - len(made)
+        if args.task == "completion" and left_out:
+            text = "%s data: %d of %d rows are left out: max_length=%d leaves nothing of their completions"
+            logger.warning(text, split, left_out, len(splits[split]), args.max_length)
+
+
+def insertion_examples(args: FinetuningArguments, tokenizer):
+    """Return the function that tokenises texts and marks what of them is given."""
+    limit = args.max_length
+
+    def make(batch):
+        texts = [texts_of(value) for value in batch[args.text_column]]
+        words = batch[args.keywords_column] if args.keywords_column else [[]] * len(texts)
+        pairs = [(text, row) for row, group in zip(words, texts, strict=True) for text in group]
+        whole, wanted = [text for text, _ in pairs], bool(args.keywords_column)
+        # a text may spell a special token: it means its letters
+        encoded = tokenizer(whole, return_offsets_mapping=wanted, split_special_tokens=True)
+        made = {"input_ids": [ids[:limit] for ids in encoded["input_ids"]]}
+        made["complete"] = [len(ids) <= limit for ids in encoded["input_ids"]]
+        if args.keywords_column:
+            offsets = encoded["offset_mapping"]
+            spans = [keyword_spans(text, row) for text, row in pairs]
+            made["given"] = [marked(*pair)[:limit] for pair in zip(offsets, spans, strict=True)]
+            made |= {"found": [len(row) for row in spans], "asked": [len(row) for _, row in pairs]}
+        return made
+
+    return make
+
+
+def marked(offsets, spans) -> list[bool]:
+    """Return for every token whether it lies in one of the spans of characters."""
+    return [any(start < right and left < end for left, right in spans) for start, end in offsets]
+
+
+def prompt_ids(tokenizer, texts: list[str]) -> list[list[int]]:
+    return [without_eos(tokenizer, ids) for ids in tokenizer(list(texts), split_special_tokens=True)["input_ids"]]
+
+
+def completion_examples(args: FinetuningArguments, tokenizer, insnext: bool):
+    """Return the function that puts completions behind their prompts; only completions are learned."""
+    # by insertion, STOP says that a text ends
+    end = [] if insnext or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def make(batch):
+        prompts = prompt_ids(tokenizer, batch[args.prompt_column])
+        completions = batch[args.completion_column]
+        completions = tokenizer(completions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        whole = [prompt + completion + end for prompt, completion in zip(prompts, completions, strict=True)]
+        cut = [ids[: args.max_length] for ids in whole]
+        given = [[place < len(prompt) for place in range(len(ids))] for prompt, ids in zip(prompts, cut, strict=True)]
+        complete = [len(ids) <= args.max_length for ids in whole]
+        labels = [
+            [-100 if fixed else token for token, fixed in zip(*pair, strict=True)]
+            for pair in zip(cut, given, strict=True)
+        ]
+        made = {"given": given, "complete": complete} if insnext else {"labels": labels}
+        # the first token is never learned; STOP is, behind a whole text
+        learned = [insnext and ends or not all(row[1:]) for row, ends in zip(given, complete, strict=True)]
+        return {
+            name: [value for value, kept in zip(values, learned, strict=True) if kept]
+            for name, values in {"input_ids": cut, **made}.items()
+        }
+
+    return make
+
+
+class CompletionTrainer(Trainer):
+    """`Trainer` whose `eval_loss` is a mean over the target tokens of the data, not over batches."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._sums = torch.zeros(2, dtype=torch.float64)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        count = (inputs["labels"][:, 1:] != -100).sum()
+        loss, outputs = super().compute_loss(model, inputs, True)
+        self._sums += torch.stack([loss.detach() * count, count.float()]).cpu()
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        self._sums.zero_()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nats, count = self.accelerator.reduce(self._sums.float().to(self.args.device)).tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = nats / count
+        return output
+
+
+def make_examples(args: FinetuningArguments, tokenizer, insnext: bool):
+    """Return the function that makes training examples of a batch of rows."""
+    if args.task == "completion":
+        return completion_examples(args, tokenizer, insnext)
+    return insertion_examples(args, tokenizer)
+
+
+def make_collators(args: FinetuningArguments, insertion: InsertionArguments, tokenizer, rows: dict, training) -> dict:
+    """Return the collators of insertion sequences, of training first, of evaluation last."""
+    if args.task == "completion" and insertion.order is None:
+        insertion.order = "left_to_right"
+    options = {"max_length": args.max_length, "truncate": True}
+    made = [
+        insertion_collator(insertion, tokenizer, texts, args.contexts, training, **options)
+        for texts in rows.values() or [[]]
+    ]
+    return {"data_collator": made[0], "eval_data_collator": made[-1]}
+
+
+@torch.no_grad()
+def predict(args: FinetuningArguments, model, tokenizer, rows, training) -> list[dict]:
+    """Return the rows, each with what the model wrote for it."""
+    model.eval()
+    options, size = json_object("generation", args.generation), training.per_device_eval_batch_size
+    written, column = [], rows[args.test_columns[0]]
+    for first in tqdm(range(0, len(rows), size), desc="Predicting", disable=training.disable_tqdm):
+        given = column[first : first + size]
+        if args.task == "completion":
+            written += completions(model, tokenizer, given, options)
+            continue
+        out = model.generate(**model.canvas(tokenizer, **given_of(args, given)).to(model.device), **options)
+        written += tokenizer.batch_decode(out, skip_special_tokens=True)
+    return [{**row, "prediction": text} for row, text in zip(rows, written, strict=True)]
+
+
+def given_of(args: FinetuningArguments, values) -> dict:
+    """Return what a canvas is made of."""
+    return {"keywords": [list(words) for words in values]} if args.task == "keywords" else {"text": list(values)}
+
+
+def completions(model, tokenizer, prompts: list[str], options: dict) -> list[str]:
+    """Return what the model writes behind each prompt."""
+    ids = prompt_ids(tokenizer, prompts)
+    batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt").to(model.device)
+    # texts come back with the padding in front of them
+    out = model.generate(**batch, **options)
+    rows = out[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def main(args: list[str] | None = None) -> dict[str, float]:
+    """Run the script; returns the metrics of the evaluation."""
+    model_args, data, finetuning, insertion, adapter, training = parse(
+        ModelArguments,
+        DataArguments,
+        FinetuningArguments,
+        InsertionArguments,
+        AdapterArguments,
+        TrainingArguments,
+        args=args,
+    )
+    data.check_splits(training)
+    tokenizer = load_tokenizer(model_args)
+    config = load_config(model_args, tokenizer)
+    check(finetuning, insertion, training, config.model_type)
+    start(training)
+    splits = load_splits(data, model_args)
+    for split, wanted in (("train", training.do_train), ("validation", training.do_eval)):
+        if wanted:
+            check_rows(finetuning, split_of(splits, split, finetuning.columns), split, finetuning.columns)
+    tests = split_of(splits, "test", finetuning.test_columns) if training.do_predict else None
+    if tests is not None:
+        check_tests(finetuning, tokenizer, config, tests)
+    insnext = config.model_type == "insnext"
+    rows = wanted_examples(splits, finetuning.columns, make_examples(finetuning, tokenizer, insnext), data, training)
+    report_losses(rows, splits, finetuning)
+    note_arguments(training, model_args, data, finetuning, insertion, adapter)
+    if insnext:
+        collators = make_collators(finetuning, insertion, tokenizer, rows, training)
+    else:
+        collators = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
+    model = add_adapter(load_model(AutoModelForCausalLM, model_args, config), adapter, "CAUSAL_LM")
+    trainer_class = InsertionTrainer if insnext else CompletionTrainer
+    trainer = trainer_class(model, training, processing_class=tokenizer, **collators, **rows)
+    metrics = train_and_evaluate(trainer, perplexity=not insnext)
+    if tests is not None:
+        written = predict(finetuning, model, tokenizer, tests, training)
+        write_lines(Path(training.output_dir) / "predictions.jsonl", written)
+    return metrics
+
+
+if __name__ == "__main__":
+    main()
