@@ -2,6 +2,7 @@
 
 from .drt import ChunkMemoryCache, DrtConfig, DrtForCausalLM, DrtForSequenceClassification, DrtModel
 from .insnext import (
+    Canvas,
     InsertionCache,
     InsertionGenerationConfig,
     InsertionTrace,
@@ -11,12 +12,14 @@ from .insnext import (
     InsNextForSequenceClassification,
     InsNextForTokenClassification,
     InsNextModel,
+    build_canvas,
 )
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Canvas",
     "ChunkMemoryCache",
     "DrtConfig",
     "DrtForCausalLM",
@@ -31,4 +34,5 @@ __all__ = [
     "InsertionCache",
     "InsertionGenerationConfig",
     "InsertionTrace",
+    "build_canvas",
 ]

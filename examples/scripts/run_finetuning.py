@@ -48,10 +48,9 @@ from common.training import note_arguments, start, train_and_evaluate, write_lin
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
+from modeling_insnext import Canvas, build_canvas
 from modeling_insnext.data import keyword_spans
 from modeling_insnext.insertion_trainer import InsertionTrainer
-from modeling_insnext.insnext.canvas import canvas_from_ids, validate_canvas
-from modeling_insnext.insnext.canvas_text import build_canvas
 
 
 logger = logging.getLogger(__name__)
@@ -150,11 +149,11 @@ def check_tests(args: FinetuningArguments, tokenizer, config, tests) -> None:
             if args.task != "completion":
                 canvas = build_canvas(tokenizer, **given_of(args, [value]), vocab_size=config.vocab_size)
             elif ids := prompt_ids(tokenizer, [value])[0]:
-                canvas = canvas_from_ids(torch.tensor([ids]))
+                canvas = Canvas.from_ids(torch.tensor([ids]))
             else:
                 raise ValueError(f"{args.prompt_column} must have at least one token, got {value!r}")
             if insnext:
-                validate_canvas(canvas, config.vocab_size, room, config.max_position_embeddings)
+                canvas.validate(config.vocab_size, room, config.max_position_embeddings)
         except ValueError as error:
             raise ValueError(f"row {number} of the test data: {error}") from error
 

@@ -10,6 +10,8 @@ from transformers import (
 )
 
 from .cache import InsertionCache
+from .canvas import Canvas
+from .canvas_text import build_canvas
 from .configuration_insnext import InsNextConfig
 from .generation_configuration import InsertionGenerationConfig
 from .modeling_insnext import (
@@ -38,6 +40,7 @@ for _auto_class, _model_class in AUTO_CLASSES.items():
 
 __all__ = [
     "AUTO_CLASSES",
+    "Canvas",
     "InsNextConfig",
     "InsNextForInsertionLM",
     "InsNextForMultipleChoice",
@@ -47,4 +50,5 @@ __all__ = [
     "InsertionCache",
     "InsertionGenerationConfig",
     "InsertionTrace",
+    "build_canvas",
 ]

@@ -1,8 +1,8 @@
-"""A canvas: the given tokens of a text and the places between them where the model may write.
+"""The canvas: given tokens and the slots between them where the model may write.
 
 Shape suffixes: B rows, T tokens of the longest row, G gaps of the row with most gaps, V vocabulary.
-A canvas is a dictionary of tensors in text order, padded on the right. Slot i is the place right of token i; the
-canvas starts with BOS, so text can grow before the first given word too:
+A canvas holds tensors in text order, padded on the right. Slot i is the place right of token i; the canvas starts with
+BOS, so text can grow before the first given word too:
 
     text              "___ fox ran ___{2,5} ."
     input_ids_BT      <s>   fox  ran   .
@@ -12,123 +12,239 @@ canvas starts with BOS, so text can grow before the first given word too:
     word_end_mask_BT   .     .    x    .       no piece may be written here that would glue to "ran"
 """
 
-from collections.abc import Mapping
+from dataclasses import dataclass, fields
 
 import torch
+from transformers.utils import ModelOutput
 
 
-def canvas_from_ids(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
-    slot_mask: torch.Tensor | None = None,
-    gap_ids: torch.Tensor | None = None,
-    min_gap_tokens: torch.Tensor | int | None = None,
-    max_gap_tokens: torch.Tensor | int | None = None,
-    word_end_mask: torch.Tensor | None = None,
-    continuation_mask: torch.Tensor | None = None,
-) -> dict[str, torch.Tensor]:
-    """Return a complete canvas, padded on the right, from token ids and whatever is known of the slots.
+@dataclass
+class Canvas(ModelOutput):
+    """Given tokens in text order, padded on the right, and the slots between them that are open.
 
-    Args:
-        input_ids: `[B, T]`, text order, padded on either side.
-        attention_mask: `[B, T]`, 1 on tokens; None: no pads.
-        slot_mask: `[B, T]` bool, slots that are open; None: only the one right of the last token.
-        gap_ids: `[B, T]`; None: the open slots are numbered from the left.
-        min_gap_tokens: `[B, G]` or one number for all gaps of each row; None: 0.
-        max_gap_tokens: `[B, G]` or one number for all gaps, -1 for no bound; None: -1.
-        word_end_mask: `[B, T]` bool; None: nothing is protected.
-        continuation_mask: `[V]` bool; passed on.
+    A mapping as well: `generate(**canvas)`. Slot i is the place right of token i.
 
-    Raises:
-        ValueError: If a row is empty, its tokens are not contiguous or shapes disagree.
+    Attributes:
+        input_ids: int64 `[B, T]`, the given tokens.
+        attention_mask: int64 `[B, T]`, 1 on tokens.
+        slot_mask: bool `[B, T]`, slots that are open.
+        gap_ids: int64 `[B, T]`, the gap that an open slot belongs to, -1 where it is closed.
+        min_gap_tokens: int64 `[B, G]`, least number of tokens in each gap.
+        max_gap_tokens: int64 `[B, G]`, largest number of tokens, -1 for no bound.
+        word_end_mask: bool `[B, T]`, tokens right of which no piece may be written that would glue to them.
+        continuation_mask: bool `[V]`, the pieces that glue; None where no word is protected.
     """
-    if not torch.is_tensor(input_ids) or input_ids.ndim != 2:
-        raise ValueError(
-            f"input_ids must be a tensor [B, T], got {getattr(input_ids, 'shape', type(input_ids).__name__)}"
+
+    input_ids: torch.LongTensor = None
+    attention_mask: torch.LongTensor = None
+    slot_mask: torch.BoolTensor = None
+    gap_ids: torch.LongTensor = None
+    min_gap_tokens: torch.LongTensor = None
+    max_gap_tokens: torch.LongTensor = None
+    word_end_mask: torch.BoolTensor = None
+    continuation_mask: torch.BoolTensor | None = None
+
+    @classmethod
+    def field_names(cls) -> set[str]:
+        """Return the names of all fields."""
+        return {field.name for field in fields(cls)}
+
+    @property
+    def rows(self) -> int:
+        """Number of texts."""
+        return len(self.input_ids)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Given tokens of each row, int64 `[B]`."""
+        return self.attention_mask.sum(1)
+
+    def to(self, device: torch.device | str) -> "Canvas":
+        """Return the canvas with all tensors on `device`."""
+        return Canvas(**{name: tensor.to(device) for name, tensor in self.items()})
+
+    def repeat(self, times: int) -> "Canvas":
+        """Return the canvas with each row `times` times, one after the other."""
+        repeated = {name: tensor.repeat_interleave(times, 0) for name, tensor in self.items()}
+        return Canvas(**{**repeated, "continuation_mask": self.continuation_mask})
+
+    @classmethod
+    def from_ids(
+        cls,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        slot_mask: torch.Tensor | None = None,
+        gap_ids: torch.Tensor | None = None,
+        min_gap_tokens: torch.Tensor | int | None = None,
+        max_gap_tokens: torch.Tensor | int | None = None,
+        word_end_mask: torch.Tensor | None = None,
+        continuation_mask: torch.Tensor | None = None,
+    ) -> "Canvas":
+        """Return a complete canvas, padded on the right, from token ids and whatever is known of the slots.
+
+        Args:
+            input_ids: `[B, T]`, text order, padded on either side.
+            attention_mask: `[B, T]`, 1 on tokens; None: no pads.
+            slot_mask: `[B, T]` bool, slots that are open; None: only the one right of the last token.
+            gap_ids: `[B, T]`; None: the open slots are numbered from the left.
+            min_gap_tokens: `[B, G]` or one number for all gaps of each row; None: 0.
+            max_gap_tokens: `[B, G]` or one number for all gaps, -1 for no bound; None: -1.
+            word_end_mask: `[B, T]` bool; None: nothing is protected.
+            continuation_mask: `[V]` bool; passed on.
+
+        Raises:
+            ValueError: If a row is empty, its tokens are not contiguous or shapes disagree.
+        """
+        if not torch.is_tensor(input_ids) or input_ids.ndim != 2:
+            raise ValueError(
+                f"input_ids must be a tensor [B, T], got {getattr(input_ids, 'shape', type(input_ids).__name__)}"
+            )
+        B, T = input_ids.shape
+        device = input_ids.device
+        if attention_mask is None:
+            attention_mask = torch.ones(B, T, dtype=torch.long, device=device)
+        _check_shape("attention_mask", attention_mask, (B, T))
+        _check_shape("slot_mask", slot_mask, (B, T))
+        _check_shape("gap_ids", gap_ids, (B, T))
+        _check_shape("word_end_mask", word_end_mask, (B, T))
+        start_B1, length_B = _runs(attention_mask.bool())
+        # gather moves each row to the left edge, its pads behind it
+        index_BT = (torch.arange(T, device=device) + start_B1) % max(T, 1)
+
+        def aligned(tensor_BT):
+            return None if tensor_BT is None else tensor_BT.to(device).gather(1, index_BT)
+
+        present_BT = torch.arange(T, device=device) < length_B[:, None]
+        if slot_mask is None and gap_ids is not None:
+            slot_mask_BT = aligned(gap_ids) >= 0
+        elif slot_mask is None:
+            slot_mask_BT = torch.arange(T, device=device) == length_B[:, None] - 1
+        else:
+            slot_mask_BT = aligned(slot_mask).bool()
+        if gap_ids is None:
+            gap_ids_BT = torch.where(slot_mask_BT, slot_mask_BT.long().cumsum(1) - 1, -1)
+        else:
+            gap_ids_BT = aligned(gap_ids).long()
+        G = max(int(gap_ids_BT.max()) + 1, 1)
+        if isinstance(min_gap_tokens, int):
+            exists_BG = (gap_ids_BT[..., None] == torch.arange(G, device=device)).any(1)
+            min_gap_tokens = min_gap_tokens * exists_BG.long()
+        return cls(
+            input_ids=aligned(input_ids),
+            attention_mask=present_BT.long(),
+            slot_mask=slot_mask_BT,
+            gap_ids=gap_ids_BT,
+            min_gap_tokens=_bounds_tensor("min_gap_tokens", min_gap_tokens, 0, (B, G), device),
+            max_gap_tokens=_bounds_tensor("max_gap_tokens", max_gap_tokens, -1, (B, G), device),
+            word_end_mask=torch.zeros_like(present_BT) if word_end_mask is None else aligned(word_end_mask).bool(),
+            continuation_mask=None if continuation_mask is None else continuation_mask.to(device),
         )
-    B, T = input_ids.shape
-    device = input_ids.device
-    if attention_mask is None:
-        attention_mask = torch.ones(B, T, dtype=torch.long, device=device)
-    _check_shape("attention_mask", attention_mask, (B, T))
-    _check_shape("slot_mask", slot_mask, (B, T))
-    _check_shape("gap_ids", gap_ids, (B, T))
-    _check_shape("word_end_mask", word_end_mask, (B, T))
-    start_B1, length_B = _runs(attention_mask.bool())
-    # gather moves each row to the left edge, its pads behind it
-    index_BT = (torch.arange(T, device=device) + start_B1) % max(T, 1)
 
-    def aligned(tensor_BT):
-        return None if tensor_BT is None else tensor_BT.to(device).gather(1, index_BT)
+    def validate(
+        self,
+        vocab_size: int | None = None,
+        max_new_tokens: int | None = None,
+        max_position_embeddings: int | None = None,
+    ) -> None:
+        """Check the canvas before any work is done; one without an open slot is allowed, nothing is then written.
 
-    present_BT = torch.arange(T, device=device) < length_B[:, None]
-    if slot_mask is None and gap_ids is not None:
-        slot_mask_BT = aligned(gap_ids) >= 0
-    elif slot_mask is None:
-        slot_mask_BT = torch.arange(T, device=device) == length_B[:, None] - 1
-    else:
-        slot_mask_BT = aligned(slot_mask).bool()
-    if gap_ids is None:
-        gap_ids_BT = torch.where(slot_mask_BT, slot_mask_BT.long().cumsum(1) - 1, -1)
-    else:
-        gap_ids_BT = aligned(gap_ids).long()
-    G = max(int(gap_ids_BT.max()) + 1, 1)
-    if isinstance(min_gap_tokens, int):
-        exists_BG = (gap_ids_BT[..., None] == torch.arange(G, device=device)).any(1)
-        min_gap_tokens = min_gap_tokens * exists_BG.long()
-    canvas = {
-        "input_ids": aligned(input_ids),
-        "attention_mask": present_BT.long(),
-        "slot_mask": slot_mask_BT,
-        "gap_ids": gap_ids_BT,
-        "min_gap_tokens": _bounds_tensor("min_gap_tokens", min_gap_tokens, 0, (B, G), device),
-        "max_gap_tokens": _bounds_tensor("max_gap_tokens", max_gap_tokens, -1, (B, G), device),
-        "word_end_mask": torch.zeros_like(present_BT) if word_end_mask is None else aligned(word_end_mask).bool(),
-    }
-    if continuation_mask is not None:
-        canvas["continuation_mask"] = continuation_mask.to(device)
-    return canvas
+        Args:
+            vocab_size: Number of embeddings of the model.
+            max_new_tokens: Most tokens that may be written in a row.
+            max_position_embeddings: Longest text of the model.
 
+        Raises:
+            ValueError: If a rule is broken; the message names the rule, the row or gap and the value.
+        """
+        ids_BT = self.input_ids
+        if ids_BT.ndim != 2 or ids_BT.dtype.is_floating_point or ids_BT.dtype == torch.bool:
+            raise ValueError(f"input_ids must be integers [B, T], got {ids_BT.dtype} {list(ids_BT.shape)}")
+        for name in ("attention_mask", "slot_mask", "gap_ids", "word_end_mask"):
+            _check_shape(name, self[name], tuple(ids_BT.shape))
+        for name in ("slot_mask", "word_end_mask"):
+            if self[name].dtype != torch.bool:
+                raise ValueError(f"{name} must be bool, got {self[name].dtype}")
+        start_B1, length_B = _runs(self.attention_mask.bool())
+        if start_B1.any():
+            row = int(start_B1.squeeze(1).nonzero()[0])
+            raise ValueError(f"a canvas is padded on the right, row {row} on the left")
+        self._check_slots()
+        self._check_vocabulary(vocab_size)
+        self._check_bounds(max_new_tokens)
+        # a text cannot be finished within the model's length if its minima alone exceed it
+        needed_B = length_B + self.min_gap_tokens.sum(1)
+        if max_position_embeddings is not None and int(needed_B.max()) > max_position_embeddings:
+            row = int(needed_B.argmax())
+            raise ValueError(
+                f"row {row} has {int(length_B[row])} given tokens and minima of "
+                f"{int(needed_B[row] - length_B[row])} more, the model's longest text is {max_position_embeddings}"
+            )
 
-def validate_canvas(
-    canvas: Mapping[str, torch.Tensor],
-    vocab_size: int | None = None,
-    max_new_tokens: int | None = None,
-    max_position_embeddings: int | None = None,
-) -> None:
-    """Check a complete canvas, as `build_canvas` and `canvas_from_ids` return it, before any work is done.
+    def _check_slots(self) -> None:
+        slot_mask_BT, gap_ids_BT = self.slot_mask, self.gap_ids
+        on_pad_BT = slot_mask_BT & ~self.attention_mask.bool()
+        if on_pad_BT.any():
+            raise ValueError(f"slot_mask opens a slot right of a pad, (row, column) {on_pad_BT.nonzero()[0].tolist()}")
+        wrong_BT = slot_mask_BT != (gap_ids_BT >= 0)
+        if wrong_BT.any():
+            row, column = wrong_BT.nonzero()[0].tolist()
+            raise ValueError(
+                "gap_ids must be at least 0 exactly where slot_mask is open, got "
+                f"{int(gap_ids_BT[row, column])} and {bool(slot_mask_BT[row, column])} in row {row}, column {column}"
+            )
+        for row, gap_ids_T in enumerate(gap_ids_BT):
+            used = gap_ids_T[gap_ids_T >= 0]
+            if len(used.unique()) != len(used):
+                raise ValueError(f"each gap of a canvas has one slot, gap_ids of row {row} are {used.tolist()}")
 
-    Args:
-        canvas: The tensors; a canvas without an open slot is allowed, nothing is then written.
-        vocab_size: Number of embeddings of the model.
-        max_new_tokens: Most tokens that may be written in a row.
-        max_position_embeddings: Longest text of the model.
+    def _check_vocabulary(self, vocab_size: int | None) -> None:
+        continuation_mask = self.continuation_mask
+        if continuation_mask is None and self.word_end_mask.any():
+            raise ValueError("word_end_mask protects words, which needs continuation_mask [V]")
+        if continuation_mask is not None and (continuation_mask.ndim != 1 or continuation_mask.dtype != torch.bool):
+            raise ValueError(
+                f"continuation_mask must be bool [V], got {continuation_mask.dtype} {list(continuation_mask.shape)}"
+            )
+        if vocab_size is None:
+            return
+        ids = self.input_ids[self.attention_mask.bool()]
+        outside = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(outside):
+            raise ValueError(f"vocabulary mismatch: token id {int(outside[0])} in a vocabulary of {vocab_size}")
+        if continuation_mask is not None and len(continuation_mask) != vocab_size:
+            raise ValueError(
+                f"vocabulary mismatch: continuation_mask has {len(continuation_mask)} entries, "
+                f"the vocabulary {vocab_size}"
+            )
 
-    Raises:
-        ValueError: If a rule is broken; the message names the rule, the row or gap and the value.
-    """
-    ids_BT = canvas["input_ids"]
-    if ids_BT.ndim != 2 or ids_BT.dtype.is_floating_point or ids_BT.dtype == torch.bool:
-        raise ValueError(f"input_ids must be integers [B, T], got {ids_BT.dtype} {list(ids_BT.shape)}")
-    for name in ("attention_mask", "slot_mask", "gap_ids", "word_end_mask"):
-        _check_shape(name, canvas[name], tuple(ids_BT.shape))
-    for name in ("slot_mask", "word_end_mask"):
-        if canvas[name].dtype != torch.bool:
-            raise ValueError(f"{name} must be bool, got {canvas[name].dtype}")
-    start_B1, length_B = _runs(canvas["attention_mask"].bool())
-    if start_B1.any():
-        raise ValueError(f"a canvas is padded on the right, row {int(start_B1.squeeze(1).nonzero()[0])} on the left")
-    _check_slots(canvas)
-    _check_vocabulary(canvas, vocab_size)
-    _check_bounds(canvas, max_new_tokens)
-    # a text cannot be finished within the model's length if its minima alone exceed it
-    needed_B = length_B + canvas["min_gap_tokens"].sum(1)
-    if max_position_embeddings is not None and int(needed_B.max()) > max_position_embeddings:
-        row = int(needed_B.argmax())
-        raise ValueError(
-            f"row {row} has {int(length_B[row])} given tokens and minima of "
-            f"{int(needed_B[row] - length_B[row])} more, the model's longest text is {max_position_embeddings}"
-        )
+    def _check_bounds(self, max_new_tokens: int | None) -> None:
+        minima_BG, maxima_BG, gap_ids_BT = self.min_gap_tokens, self.max_gap_tokens, self.gap_ids
+        rows = len(gap_ids_BT)
+        if minima_BG.ndim != 2 or minima_BG.shape != maxima_BG.shape or len(minima_BG) != rows:
+            raise ValueError(
+                "min_gap_tokens and max_gap_tokens must have one shape [B, G], got "
+                f"{list(minima_BG.shape)} and {list(maxima_BG.shape)} for {rows} rows"
+            )
+        if int(gap_ids_BT.max()) >= minima_BG.shape[1]:
+            raise ValueError(f"gap {int(gap_ids_BT.max())} has no bounds, there are {minima_BG.shape[1]} columns")
+        wrong_BG = (minima_BG < 0) | (maxima_BG < -1) | ((maxima_BG >= 0) & (maxima_BG < minima_BG))
+        if wrong_BG.any():
+            row, index = wrong_BG.nonzero()[0].tolist()
+            raise ValueError(
+                f"bounds of gap {index} in row {row} contradict: minimum {int(minima_BG[row, index])}, "
+                f"maximum {int(maxima_BG[row, index])}"
+            )
+        exists_BG = (gap_ids_BT[..., None] == torch.arange(minima_BG.shape[1], device=gap_ids_BT.device)).any(1)
+        missing_BG = (minima_BG > 0) & ~exists_BG
+        if missing_BG.any():
+            row, index = missing_BG.nonzero()[0].tolist()
+            raise ValueError(f"gap {index} of row {row} has the minimum {int(minima_BG[row, index])} but no open slot")
+        sums_B = minima_BG.sum(1)
+        if max_new_tokens is not None and int(sums_B.max()) > max_new_tokens:
+            raise ValueError(
+                f"the minima of the gaps of row {int(sums_B.argmax())} add up to {int(sums_B.max())}, "
+                f"max_new_tokens is {max_new_tokens}"
+            )
 
 
 def _runs(mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,72 +279,4 @@ def _bounds_tensor(name: str, bounds, default: int, shape: tuple[int, int], devi
     return bounds.long()
 
 
-def _check_slots(canvas: Mapping[str, torch.Tensor]) -> None:
-    slot_mask_BT, gap_ids_BT = canvas["slot_mask"], canvas["gap_ids"]
-    on_pad_BT = slot_mask_BT & ~canvas["attention_mask"].bool()
-    if on_pad_BT.any():
-        raise ValueError(f"slot_mask opens a slot right of a pad, (row, column) {on_pad_BT.nonzero()[0].tolist()}")
-    wrong_BT = slot_mask_BT != (gap_ids_BT >= 0)
-    if wrong_BT.any():
-        row, column = wrong_BT.nonzero()[0].tolist()
-        raise ValueError(
-            "gap_ids must be at least 0 exactly where slot_mask is open, got "
-            f"{int(gap_ids_BT[row, column])} and {bool(slot_mask_BT[row, column])} in row {row}, column {column}"
-        )
-    for row, gap_ids_T in enumerate(gap_ids_BT):
-        used = gap_ids_T[gap_ids_T >= 0]
-        if len(used.unique()) != len(used):
-            raise ValueError(f"each gap of a canvas has one slot, gap_ids of row {row} are {used.tolist()}")
-
-
-def _check_vocabulary(canvas: Mapping[str, torch.Tensor], vocab_size: int | None) -> None:
-    continuation_mask = canvas.get("continuation_mask")
-    if continuation_mask is None and canvas["word_end_mask"].any():
-        raise ValueError("word_end_mask protects words, which needs continuation_mask [V]")
-    if continuation_mask is not None and (continuation_mask.ndim != 1 or continuation_mask.dtype != torch.bool):
-        raise ValueError(
-            f"continuation_mask must be bool [V], got {continuation_mask.dtype} {list(continuation_mask.shape)}"
-        )
-    if vocab_size is None:
-        return
-    ids = canvas["input_ids"][canvas["attention_mask"].bool()]
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(outside):
-        raise ValueError(f"vocabulary mismatch: token id {int(outside[0])} in a vocabulary of {vocab_size}")
-    if continuation_mask is not None and len(continuation_mask) != vocab_size:
-        raise ValueError(
-            f"vocabulary mismatch: continuation_mask has {len(continuation_mask)} entries, the vocabulary {vocab_size}"
-        )
-
-
-def _check_bounds(canvas: Mapping[str, torch.Tensor], max_new_tokens: int | None) -> None:
-    minima_BG, maxima_BG, gap_ids_BT = canvas["min_gap_tokens"], canvas["max_gap_tokens"], canvas["gap_ids"]
-    rows = len(gap_ids_BT)
-    if minima_BG.ndim != 2 or minima_BG.shape != maxima_BG.shape or len(minima_BG) != rows:
-        raise ValueError(
-            "min_gap_tokens and max_gap_tokens must have one shape [B, G], got "
-            f"{list(minima_BG.shape)} and {list(maxima_BG.shape)} for {rows} rows"
-        )
-    if int(gap_ids_BT.max()) >= minima_BG.shape[1]:
-        raise ValueError(f"gap {int(gap_ids_BT.max())} has no bounds, there are {minima_BG.shape[1]} columns")
-    wrong_BG = (minima_BG < 0) | (maxima_BG < -1) | ((maxima_BG >= 0) & (maxima_BG < minima_BG))
-    if wrong_BG.any():
-        row, index = wrong_BG.nonzero()[0].tolist()
-        raise ValueError(
-            f"bounds of gap {index} in row {row} contradict: minimum {int(minima_BG[row, index])}, "
-            f"maximum {int(maxima_BG[row, index])}"
-        )
-    exists_BG = (gap_ids_BT[..., None] == torch.arange(minima_BG.shape[1], device=gap_ids_BT.device)).any(1)
-    missing_BG = (minima_BG > 0) & ~exists_BG
-    if missing_BG.any():
-        row, index = missing_BG.nonzero()[0].tolist()
-        raise ValueError(f"gap {index} of row {row} has the minimum {int(minima_BG[row, index])} but no open slot")
-    sums_B = minima_BG.sum(1)
-    if max_new_tokens is not None and int(sums_B.max()) > max_new_tokens:
-        raise ValueError(
-            f"the minima of the gaps of row {int(sums_B.argmax())} add up to {int(sums_B.max())}, "
-            f"max_new_tokens is {max_new_tokens}"
-        )
-
-
-__all__ = ["canvas_from_ids", "validate_canvas"]
+__all__ = ["Canvas"]

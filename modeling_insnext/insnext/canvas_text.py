@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import BatchEncoding
 
+from .canvas import Canvas
 from .canvas_pieces import continuation_mask_of, ids_inside_text, token_ids
 
 
@@ -51,7 +51,7 @@ def build_canvas(
     order_phrases: Callable[[list[list[int]]], Sequence[int]] | None = None,
     vocab_size: int | None = None,
     device: torch.device | str | None = None,
-) -> BatchEncoding:
+) -> Canvas:
     """Return the canvas of `text` with marks, or of `keywords` with a gap before, between and after them.
 
     A mark with a space beside it stands for words: no piece glues to the given word there. A mark without one, as in
@@ -71,10 +71,6 @@ def build_canvas(
         order_phrases: Called with the token ids of the phrases of a row if not `ordered`; returns a permutation.
         vocab_size: Number of embeddings of the model, `len(tokenizer)` if None; length of `continuation_mask`.
         device: Device of the tensors.
-
-    Returns:
-        `input_ids`, `attention_mask`, `gap_ids` int64 and `slot_mask`, `word_end_mask` bool, all `[B, T]`;
-        `min_gap_tokens`, `max_gap_tokens` int64 `[B, G]`; `continuation_mask` bool `[V]`, see `continuation_mask_of`.
 
     Raises:
         ValueError: If there is no text, mark or keyword, bounds contradict each other, gaps touch, the tokenizer has
@@ -102,17 +98,17 @@ def build_canvas(
         raise ValueError(f"vocabulary mismatch: token id {highest} in a vocabulary of {len(continuation_mask)}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.bos_token_id
     minima, maxima = zip(*bounds, strict=True)
-    canvas = {
-        "input_ids": _pad([row.ids for row in rows], pad),
-        "attention_mask": _pad([[1] * len(row.ids) for row in rows], 0),
-        "slot_mask": _pad([[index >= 0 for index in row.gap_after] for row in rows], False),
-        "gap_ids": _pad([row.gap_after for row in rows], -1),
-        "min_gap_tokens": _pad(minima, 0),
-        "max_gap_tokens": _pad(maxima, -1),
-        "word_end_mask": _pad([row.word_end for row in rows], False),
-        "continuation_mask": continuation_mask,
-    }
-    return BatchEncoding({name: tensor.to(device) for name, tensor in canvas.items()})
+    canvas = Canvas(
+        input_ids=_pad([row.ids for row in rows], pad),
+        attention_mask=_pad([[1] * len(row.ids) for row in rows], 0),
+        slot_mask=_pad([[index >= 0 for index in row.gap_after] for row in rows], False),
+        gap_ids=_pad([row.gap_after for row in rows], -1),
+        min_gap_tokens=_pad(minima, 0),
+        max_gap_tokens=_pad(maxima, -1),
+        word_end_mask=_pad([row.word_end for row in rows], False),
+        continuation_mask=continuation_mask,
+    )
+    return canvas if device is None else canvas.to(device)
 
 
 def _texts(text: str | list[str]) -> list[str]:

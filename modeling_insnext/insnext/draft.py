@@ -1,6 +1,7 @@
 """A batch of texts that grow by insertion: tokens, slots, cache, re-encoding (EBR). `generate` chooses, this writes.
 
-Shape suffixes: R rows (texts, or hypotheses of a beam), C capacity of a row, Q new entries, G gaps, D hidden size.
+Shape suffixes: R rows (texts, or hypotheses of a beam), C capacity of a row, Q new entries, W entries of the longest
+row, D hidden size.
 
 Entries stand in insertion order, in the cache as everywhere. `ranks` says where an entry stands in the text as it is
 now, and `following` which entry is right of it; the slot right of entry e is called slot e. Index C is the right edge
@@ -14,7 +15,7 @@ from .cache import InsertionCache
 
 
 PER_ROW = (
-    "origins", "ids", "ranks", "following", "lengths", "steps", "gaps", "words_end", "minima", "maxima", "written",
+    "origins", "margins", "running", "ids", "ranks", "following", "lengths", "steps", "gaps", "words_end",
     "encoded_together", "encoded_tokens", "left", "right", "slots", "keys", "state",
 )  # fmt: skip
 
@@ -22,10 +23,14 @@ PER_ROW = (
 class Draft:
     """Texts under construction and everything needed to score what may be written next.
 
+    Rows stay where they are from the first step to the last: what is finished rests, so that whoever looks on sees
+    the rows of the batch, all of them and in order.
+
     Args:
         model: An `InsNextForInsertionLM`.
         canvas: Complete, checked canvas (see canvas), text order, right-padded.
-        capacity: Most tokens a row may ever hold.
+        budget: What may be written into it.
+        parallel: Most tokens that a row writes in one step.
         static: Whether the cache has one shape for good (`cache_implementation="static"`).
         encoder: What encodes: the model's base model, or a compiled form of it.
 
@@ -37,51 +42,75 @@ class Draft:
         steps: int64 `[R, C + 1]`, the step at which an entry was written, -1 for given ones.
         gaps: int64 `[R, C + 1]`, gap that the slot right of each entry belongs to, -1 where it is closed.
         words_end: bool `[R, C + 1]`, whether nothing that continues a word may be written right of an entry.
-        written: int64 `[R, G]`, tokens written into each gap.
         encoded_together: int64 `[R]`, b of the EBR rule: entries covered by the last encoding of the text.
         encoded_tokens: int64 `[R]`, tokens that went through the network so far.
         reencoded_at: for each row the steps after which EBR struck.
         state: `[R, D]`, hidden state of each row's last entry.
         origins: int64 `[R]`, row of the canvas that each row grew from.
+        margins: int64 `[R]`, padding that stood left of the given tokens.
+        running: bool `[R]`, rows that still grow.
+        pad: what stands left and right of a text.
+        step: number of the step, from 1, that the next tokens belong to.
     """
 
-    def __init__(self, model, canvas, capacity: int, static: bool = False, encoder=None):
-        self.model, self.head = model, model.slot_head
+    def __init__(self, model, canvas, budget, parallel: int = 1, static: bool = False, encoder=None):
+        self.model, self.head, self.budget = model, model.slot_head, budget
         self.encoder = model.model if encoder is None else encoder
-        device = canvas["input_ids"].device
-        R, T = canvas["input_ids"].shape
-        self.capacity, self.static = capacity, static
-        self.lengths = canvas["attention_mask"].sum(1)
+        device = canvas.input_ids.device
+        R, T = canvas.input_ids.shape
+        self.lengths = canvas.lengths
+        self.capacity, self.static = int((self.lengths + budget.limit).max()) + parallel, static
         index_T = torch.arange(T, device=device)
 
         def buffer(tensor, fill, dtype=torch.long):
-            wide = torch.full((R, capacity + 1), fill, dtype=dtype, device=device)
+            wide = torch.full((R, self.capacity + 1), fill, dtype=dtype, device=device)
             wide[:, :T] = tensor
             return wide
 
         present_RT = index_T < self.lengths[:, None]
-        self.ids = buffer(canvas["input_ids"], 0)
+        self.ids = buffer(canvas.input_ids, 0)
         self.ranks = buffer(index_T, 0)
-        after_RT = torch.where(index_T < self.lengths[:, None] - 1, index_T + 1, capacity)
-        self.following = buffer(after_RT, capacity)
+        after_RT = torch.where(index_T < self.lengths[:, None] - 1, index_T + 1, self.capacity)
+        self.following = buffer(after_RT, self.capacity)
         self.steps = buffer(-1, -1)
-        self.gaps = buffer(torch.where(canvas["slot_mask"] & present_RT, canvas["gap_ids"], -1), -1)
-        self.words_end = buffer(canvas["word_end_mask"] & present_RT, False, torch.bool)
-        self.minima, self.maxima = canvas["min_gap_tokens"], canvas["max_gap_tokens"]
-        self.written = torch.zeros_like(self.minima)
+        self.gaps = buffer(torch.where(canvas.slot_mask & present_RT, canvas.gap_ids, -1), -1)
+        self.words_end = buffer(canvas.word_end_mask & present_RT, False, torch.bool)
         self.encoded_together = torch.zeros_like(self.lengths)
         self.encoded_tokens = torch.zeros_like(self.lengths)
         self.reencoded_at = [[] for _ in range(R)]
         self.origins = torch.arange(R, device=device)
+        self.margins = torch.zeros_like(self.lengths)
+        self.running = torch.ones_like(self.lengths, dtype=torch.bool)
+        self.pad = model.config.pad_token_id or 0
         self.step = 0
 
         D = model.config.hidden_size
-        self.left = torch.zeros(R, capacity + 1, D, device=device, dtype=model.dtype)
+        self.left = torch.zeros(R, self.capacity + 1, D, device=device, dtype=model.dtype)
         self.right, self.slots, self.keys = (torch.zeros_like(self.left) for _ in range(3))
-        self.right[:, capacity] = self.head.edge_side()
+        self.right[:, self.capacity] = self.head.edge_side()
         self.state = torch.zeros(R, D, device=device, dtype=model.dtype)
-        self.cache = InsertionCache(R, capacity if static else None, device)
+        self.cache = InsertionCache(R, self.capacity if static else None, device)
         self.encode_block(torch.arange(R, device=device), torch.zeros_like(self.lengths))
+        self.step = 1
+
+    @classmethod
+    def start(cls, model, canvas, budget, config, attention_mask=None) -> "Draft":
+        """Return the encoded canvas of a `generate` call: `num_beams` or `num_return_sequences` rows a text.
+
+        Args:
+            model: As above, likewise canvas and budget.
+            config: The options.
+            attention_mask: `[B, T]` as it was given, with the padding on the left that the texts keep.
+        """
+        static = config.cache_implementation == "static"
+        draft = cls(model, canvas, budget, config.parallel_slots, static, step_encoder(model, config, static))
+        draft.pad = draft.pad if config.pad_token_id is None else config.pad_token_id
+        if attention_mask is not None:
+            draft.margins = attention_mask.to(draft.ids.device).long().argmax(1)
+        copies = config.num_beams if config.num_beams > 1 else config.num_return_sequences
+        if copies > 1:
+            draft.select_rows(torch.arange(len(draft), device=draft.ids.device).repeat_interleave(copies))
+        return draft
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -91,75 +120,67 @@ class Draft:
         """Number of entries of the longest row (with a static cache: the capacity, so that shapes stay)."""
         return self.capacity if self.static else int(self.lengths.max())
 
-    def texts(self, pad: int) -> torch.Tensor:
-        """Return the texts as they are now, `[R, T]`, left to right, padded on the right."""
-        return self._in_text_order(self.ids, pad)
-
-    def written_at(self) -> torch.Tensor:
-        """Return the step at which each token of :meth:`texts` was written, -1 for given ones, -2 for padding."""
-        return self._in_text_order(self.steps, -2)
-
-    def _in_text_order(self, values: torch.Tensor, pad: int) -> torch.Tensor:
+    def texts(self) -> torch.Tensor:
+        """Return the texts as they are now, `[R, T]`, left to right, each behind the padding it was given with."""
         width = int(self.lengths.max())
-        present = torch.arange(width, device=values.device) < self.lengths[:, None]
+        present = torch.arange(width, device=self.ids.device) < self.lengths[:, None]
         # padding goes to a column of its own, so that it does not write over a token
-        rank = torch.where(present, self.ranks[:, :width], width)
-        out = values.new_full((len(self), width + 1), pad)
-        return out.scatter(1, rank, values[:, :width])[:, :width].where(present, pad)
+        total = int((self.lengths + self.margins).max())
+        place = torch.where(present, self.ranks[:, :width] + self.margins[:, None], total)
+        out = self.ids.new_full((len(self), total + 1), self.pad)
+        return out.scatter(1, place, self.ids[:, :width])[:, :total]
 
-    def insert(self, slots: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor) -> None:
-        """Write tokens into slots, in one step; they are not encoded yet.
+    def write(self, slots: torch.Tensor, tokens: torch.Tensor, acts: torch.Tensor) -> None:
+        """Write a token into a slot of each row that acts; it is not encoded yet.
 
         Args:
-            slots: int64 `[R, Q]` or wider, distinct slots of a row, by the entry left of them.
-            tokens: int64 `[R, Q]`.
-            counts: int64 `[R]`, how many of the Q a row really writes; the rest is ignored.
+            slots: int64 `[R]`, by the entry left of them; a slot is written into once before the text is encoded.
+            tokens: int64 `[R]`.
+            acts: bool `[R]`, rows that write.
         """
-        self.step += 1
         row_R = torch.arange(len(self), device=slots.device)
-        for q in range(tokens.shape[1]):
-            acts = q < counts
-            slot, entry = slots[:, q], torch.where(acts, self.lengths, self.capacity)
-            rank = self.ranks[row_R, slot] + 1
-            moved = (self.ranks >= rank[:, None]) & acts[:, None]
-            self.ranks += moved
-            kept = self.following[row_R, self.capacity].clone()
-            self.ids[row_R, entry] = tokens[:, q]
-            self.ranks[row_R, entry] = rank
-            self.following[row_R, entry] = self.following[row_R, slot]
-            self.following[row_R, slot] = torch.where(acts, entry, self.following[row_R, slot])
-            self.following[row_R, self.capacity] = kept
-            self.gaps[row_R, entry] = self.gaps[row_R, slot]
-            self.steps[row_R, entry] = self.step
-            self.words_end[row_R, entry] = False
-            gap = self.gaps[row_R, slot].clamp_min(0)
-            self.written[row_R, gap] += acts.long()
-            self.lengths = self.lengths + acts.long()
+        entry = torch.where(acts, self.lengths, self.capacity)
+        rank = self.ranks[row_R, slots] + 1
+        self.ranks += (self.ranks >= rank[:, None]) & acts[:, None]
+        kept = self.following[row_R, self.capacity].clone()
+        self.ids[row_R, entry] = tokens
+        self.ranks[row_R, entry] = rank
+        self.following[row_R, entry] = self.following[row_R, slots]
+        self.following[row_R, slots] = torch.where(acts, entry, self.following[row_R, slots])
+        self.following[row_R, self.capacity] = kept
+        self.gaps[row_R, entry] = self.gaps[row_R, slots]
+        self.steps[row_R, entry] = self.step
+        self.words_end[row_R, entry] = False
+        self.budget.take(self.gaps[row_R, slots], acts.long())
+        self.lengths = self.lengths + acts.long()
 
-    def encode_new(self, counts: torch.Tensor, ratio: float | None = None, window: int | None = None) -> None:
-        """Encode the last `counts` entries of each row, or, where EBR strikes, the whole text anew.
+    def encode(self, config) -> None:
+        """Encode what was written since the last call or, where EBR strikes, the whole text anew; this ends a step.
 
-        EBR strikes in a row when more than `ratio` times the entries encoded together were written since. Rows strike
-        alone.
+        EBR strikes in a row when more than `ebr_ratio` times the entries encoded together were written since. Rows
+        strike alone. With `ebr_window` only the last entries are encoded anew.
 
         Args:
-            counts: int64 `[R]`, entries not encoded yet, 0 for rows that rest.
-            ratio: `ebr_ratio`; `None` switches EBR off.
-            window: `ebr_window`; `None` encodes the whole text anew.
+            config: Its `ebr`, `ebr_ratio` and `ebr_window` count.
         """
+        counts = self.lengths - self.cache.lengths
         strikes = torch.zeros_like(counts, dtype=torch.bool)
-        if ratio is not None:
-            strikes = (self.lengths - self.encoded_together > ratio * self.encoded_together) & (counts > 0)
+        if config.ebr:
+            strikes = self.lengths - self.encoded_together > config.ebr_ratio * self.encoded_together
+            strikes &= counts > 0
         if bool((~strikes & (counts > 0)).any()):
             self._append(torch.where(strikes, 0, counts))
         if bool(strikes.any()):
             rows = strikes.nonzero().squeeze(1)
             first = torch.zeros_like(rows)
-            if window is not None:
-                first = torch.minimum((self.lengths[rows] - window).clamp_min(0), self.lengths[rows] - counts[rows])
+            if config.ebr_window is not None:
+                first = torch.minimum(
+                    (self.lengths[rows] - config.ebr_window).clamp_min(0), self.lengths[rows] - counts[rows]
+                )
             self.encode_block(rows, first)
             for row in rows.tolist():
                 self.reencoded_at[row].append(self.step)
+        self.step += 1
 
     def _append(self, counts: torch.Tensor) -> None:
         """Encode the last `counts` entries of each row behind its cache; they see one another."""
@@ -234,31 +255,39 @@ class Draft:
         for name in PER_ROW:
             setattr(self, name, getattr(self, name)[rows])
         self.reencoded_at = [list(self.reencoded_at[row]) for row in rows.tolist()]
+        self.budget.select_rows(rows)
         self.cache.select_rows(rows)
 
-    def open_slots(self, remaining: torch.Tensor, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which slots may be written into, bool `[R, W]`, and how many tokens of a gap, int64 `[R, G]`.
+    def room(self, slots: torch.Tensor) -> torch.Tensor:
+        """Return how many tokens the gaps of the given slots `[R, S]` may still take, 0 where a slot is closed."""
+        gaps = self.gaps.gather(1, slots)
+        return torch.where(gaps >= 0, self.budget.room().gather(1, gaps.clamp_min(0)), 0)
+
+    def open_slots(self, window: int | None) -> torch.Tensor:
+        """Return which slots may be written into, bool `[R, W]`.
 
         Args:
-            remaining: int64 `[R]`, tokens each row may still write.
             window: `slot_window`: only slots beside one of the last `window` written tokens, if any such is open.
         """
         W = self.width
-        entry_W = torch.arange(W, device=self.ids.device)
-        room = torch.where(self.maxima < 0, self.capacity, self.maxima - self.written)
-        deficit = (self.minima - self.written).clamp_min(0)
-        # once the minima need all that is left, they get it
-        room = torch.where((remaining <= deficit.sum(1))[:, None], deficit, room)
-        gaps = self.gaps[:, :W]
-        allowed = (gaps >= 0) & (room.gather(1, gaps.clamp_min(0)) > 0) & (entry_W < self.lengths[:, None])
+        entry_RW = torch.arange(W, device=self.ids.device).expand(len(self), W)
+        lengths = self.lengths[:, None]
+        allowed = (self.room(entry_RW) > 0) & (entry_RW < lengths) & self.running[:, None]
         if window is not None:
-            first = (self.lengths - window)[:, None]
-            beside = (entry_W >= first) | ((self.following[:, :W] >= first) & (self.following[:, :W] < self.capacity))
+            first, following = lengths - window, self.following[:, :W]
+            near = allowed & ((entry_RW >= first) | ((following >= first) & (following < self.capacity)))
             written = (self.steps[:, :W] >= 0).sum(1)
-            near = allowed & beside
             narrows = (written >= window) & near.any(1)
             allowed = torch.where(narrows[:, None], near, allowed)
-        return allowed, room
+        return allowed
+
+    def choices(self, config) -> torch.Tensor:
+        """Return the logits of every slot and, in the last column, of STOP, `[R, W + 1]`; `-inf` where not allowed.
+
+        A row that rests may only stop.
+        """
+        allowed = self.open_slots(config.slot_window)
+        return self.slot_scores(allowed, may_stop=~self.budget.must_go_on() | ~allowed.any(1))
 
     def slot_scores(self, allowed: torch.Tensor, may_stop: torch.Tensor) -> torch.Tensor:
         """Return the logits of the slots and, in the last column, of STOP, `[R, W + 1]`; `-inf` where not allowed."""
@@ -267,20 +296,42 @@ class Draft:
         scores[:, -1].masked_fill_(~may_stop, -torch.inf)
         return scores
 
-    def must_go_on(self, min_new_tokens: int) -> torch.Tensor:
-        """Return, bool `[R]`, which rows may not stop yet: too few tokens written, or a gap below its minimum."""
-        return (self.written.sum(1) < min_new_tokens) | (self.written < self.minima).any(1)
-
-    def around(self, rows: torch.Tensor, slots: torch.Tensor, pad: int) -> torch.Tensor:
-        """Return what logits processors see, `[r, T]`, padded on the left: the text right, then left of the slot.
+    def around(self, slots: torch.Tensor) -> torch.Tensor:
+        """Return what logits processors see, `[R, T]`, padded on the left: the text right, then left of the slot.
 
         So the last token is the slot's left neighbour, every token of the text is there, and so is every n-gram but
         one; the seam holds BOS, which is never written.
+
+        Args:
+            slots: int64 `[R]`.
         """
-        width = int(self.lengths[rows].max())
-        present = torch.arange(width, device=rows.device) < self.lengths[rows][:, None]
-        turn = self.ranks[rows, slots] + 1
-        place = (self.ranks[rows][:, :width] - turn[:, None]) % self.lengths[rows][:, None]
-        place = torch.where(present, place + (width - self.lengths[rows])[:, None], width)
-        out = self.ids.new_full((len(rows), width + 1), pad)
-        return out.scatter(1, place, self.ids[rows][:, :width])[:, :width]
+        width = int(self.lengths.max())
+        lengths = self.lengths[:, None]
+        present = torch.arange(width, device=self.ids.device) < lengths
+        turn = self.ranks.gather(1, slots[:, None]) + 1
+        place = torch.where(present, (self.ranks[:, :width] - turn) % lengths + width - lengths, width)
+        out = self.ids.new_full((len(self), width + 1), self.pad)
+        return out.scatter(1, place, self.ids[:, :width])[:, :width]
+
+    def last_slots(self) -> torch.Tensor:
+        """Return the slot at the right edge of each text, int64 `[R]`."""
+        present = torch.arange(self.capacity + 1, device=self.ids.device) < self.lengths[:, None]
+        return ((self.following == self.capacity) & present).int().argmax(1)
+
+
+def step_encoder(model, config, static: bool):
+    """Return what encodes: with a static cache, on GPUs or if a `compile_config` asks, single tokens run compiled."""
+    asked = config.compile_config is not None
+    if not static or config.disable_compile or not (asked or model.device.type == "cuda"):
+        return model.model
+    if not hasattr(model, "_compiled_encoder"):
+        options = config.compile_config.to_dict() if asked else {}
+        # set past nn.Module, which would take it for a submodule and save it
+        object.__setattr__(model, "_compiled_encoder", torch.compile(model.model, **options))
+
+    def encode(input_ids, **kwargs):
+        # blocks have a length of their own each time, which would be compiled anew
+        encoder = model._compiled_encoder if input_ids.shape[1] == 1 else model.model
+        return encoder(input_ids=input_ids, **kwargs)
+
+    return encode

@@ -267,6 +267,11 @@ class InsertionGenerationConfig(GenerationConfig):
             value = getattr(self, name, None)
             if value is not None and value != neutral.get(name):
                 raise ValueError(f"{name}={value!r} has no meaning when text is inserted: {instead}")
+        if self.do_sample and (self.num_beams or 1) > 1:
+            raise ValueError(
+                "beams look for the likeliest text, do_sample=True for another one: num_beams > 1 needs "
+                f"do_sample=False, got num_beams={self.num_beams}"
+            )
         if self.cache_implementation not in INSERTION_CACHES:
             raise ValueError(
                 'cache_implementation must be "dynamic" or "static" when text is inserted, '

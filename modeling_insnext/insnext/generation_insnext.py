@@ -1,4 +1,7 @@
-"""`generate` for models that write by insertion: the options, the sampling loop, and what comes out.
+"""`generate` for models that write by insertion.
+
+In reading order: canvas (what is given), budget (what may be written), draft (the text as it grows), step (one token
+more), write_sample and write_beam (which one), output.
 
 A step chooses a slot (or STOP) from the state, then a token in that slot, writes it, and encodes that one token. Given
 tokens are never touched, so whatever a canvas holds survives, in order. Left to right (`left_to_right=True`) the
@@ -11,29 +14,21 @@ import torch
 from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 from transformers.generation import MaxTimeCriteria
 
-from .beam import beam_search
-from .canvas import canvas_from_ids, validate_canvas
+from .budget import Budget
+from .canvas import Canvas
 from .canvas_text import build_canvas
-from .decoding import InsertionGenerateOutput, TokenRules, keep_left_padding, padding_token
 from .draft import Draft
 from .generation_configuration import (
     InsertionGenerationConfig,
     check_generation_kwargs,
     merge_generation_configs,
 )
-from .sampling import insert
+from .output import InsertionGenerateOutput
+from .step import TokenRules
+from .write_beam import write_beams
+from .write_sample import write_sample
 
 
-CANVAS_FIELDS = (
-    "input_ids",
-    "attention_mask",
-    "slot_mask",
-    "gap_ids",
-    "min_gap_tokens",
-    "max_gap_tokens",
-    "word_end_mask",
-    "continuation_mask",
-)
 ONLY_LEFT_TO_RIGHT = ("assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
 
 
@@ -124,7 +119,8 @@ class InsertionGenerationMixin(GenerationMixin):
         for new, phrase in enumerate(phrases):
             ids = [bos] + [token for index in order for token in phrases[index]]
             ends = torch.tensor([0] + [len(phrases[index]) for index in order], device=self.device).cumsum(0)
-            draft = Draft(self, canvas_from_ids(torch.tensor([ids], device=self.device)), len(ids) + 1)
+            canvas = Canvas.from_ids(torch.tensor([ids], device=self.device))
+            draft = Draft(self, canvas, Budget(canvas, torch.zeros_like(canvas.lengths)))
             allowed = torch.zeros(1, len(ids), dtype=torch.bool, device=self.device)
             allowed[0, ends] = True
             scores = draft.slot_scores(allowed, may_stop=torch.zeros_like(allowed[:, 0])).log_softmax(1)[0, ends]
@@ -152,7 +148,7 @@ class InsertionGenerationMixin(GenerationMixin):
             generation_config: Options, an `InsertionGenerationConfig` or a plain one; keyword arguments overrule it.
             logits_processor: More processors of the token scores. They see the text right of the slot, then left of
                 it, so that the last token is the slot's left neighbour.
-            stopping_criteria: More criteria; they see the texts so far, left to right, padded on the right.
+            stopping_criteria: More criteria; they see the texts so far as `sequences` would show them.
             prefix_allowed_tokens_fn: As in Transformers, on what the processors see, without padding; called with the
                 row of the canvas.
             synced_gpus: As in Transformers, for `left_to_right=True`.
@@ -169,7 +165,7 @@ class InsertionGenerationMixin(GenerationMixin):
             ValueError: If an option does not exist or has no meaning here, or the canvas breaks a rule; before any
                 work.
         """
-        config, rest = merge_generation_configs(self.generation_config, generation_config, **kwargs)
+        config, fields = merge_generation_configs(self.generation_config, generation_config, **kwargs)
         if config.left_to_right:
             config.validate_for_left_to_right(kwargs.keys())
             return super().generate(
@@ -182,54 +178,43 @@ class InsertionGenerationMixin(GenerationMixin):
                 streamer=streamer,
                 **kwargs,
             )
-        for name in ONLY_LEFT_TO_RIGHT:
-            if rest.pop(name, None) is not None:
-                raise ValueError(f"{name} needs left_to_right=True")
-        check_generation_kwargs(rest, {*CANVAS_FIELDS, *config.option_names()})
-        if all(length is None for length in (kwargs.get("max_length"), self.generation_config.max_length)):
-            config.max_length = getattr(generation_config, "max_length", None)
-        config.validate_for_insertion()
-        canvas = self._checked_canvas(inputs, rest, config)
+        self._check_options(config, fields, generation_config, kwargs)
+        canvas = self._given_canvas(inputs, fields)
+        budget = Budget.resolve(canvas, config, self.config)
+        _check_streamer(streamer, canvas, config)
         processors = self._token_processors(config, logits_processor, canvas)
-        rules = TokenRules(canvas["continuation_mask"], processors, prefix_allowed_tokens_fn)
+        rules = TokenRules(canvas.continuation_mask, processors, prefix_allowed_tokens_fn)
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.max_time is not None:
             criteria.append(MaxTimeCriteria(config.max_time))
+        draft = Draft.start(self, canvas, budget, config, fields.get("attention_mask"))
+        shown = _put_prompt(streamer, draft, canvas)
         if config.num_beams > 1:
-            output = beam_search(self, canvas, config, rules, criteria, streamer)
+            output = write_beams(draft, config, rules, criteria)
         else:
-            shown = _put_prompt(streamer, canvas)
-            output = insert(self, canvas, config, rules, criteria, streamer)
-            if streamer is not None:
-                streamer.put(output.sequences[:, shown:].cpu())
-                streamer.end()
-        keep_left_padding(output, rest.get("attention_mask"), padding_token(self, config))
+            output = write_sample(draft, config, rules, criteria, streamer)
+        if streamer is not None:
+            streamer.put(output.sequences[:, shown:].cpu())
+            streamer.end()
         return output if config.return_dict_in_generate else output.sequences
 
-    def _checked_canvas(self, inputs, fields, config):
+    def _check_options(self, config, fields, generation_config, kwargs) -> None:
+        """Refuse what means nothing when text is inserted."""
+        for name in ONLY_LEFT_TO_RIGHT:
+            if fields.pop(name, None) is not None:
+                raise ValueError(f"{name} needs left_to_right=True")
+        check_generation_kwargs(fields, {*Canvas.field_names(), *config.option_names()})
+        if all(length is None for length in (kwargs.get("max_length"), self.generation_config.max_length)):
+            config.max_length = getattr(generation_config, "max_length", None)
+        config.validate_for_insertion()
+
+    def _given_canvas(self, inputs, fields) -> Canvas:
         if (inputs is None) == (fields.get("input_ids") is None):
             raise ValueError("exactly one of inputs and input_ids must be given")
-        fields = {name: value for name, value in fields.items() if value is not None}
-        fields.setdefault("input_ids", inputs)
-        canvas = canvas_from_ids(**fields)
-        limit = self.config.max_position_embeddings
-        given = int(canvas["attention_mask"].sum(1).max())
-        if config.max_new_tokens is not None:
-            config.max_length = None
-        elif config.max_length is None:
-            # as in Transformers, where nobody set a length, its default counts new tokens
-            config.max_new_tokens = config._get_default_generation_params()["max_length"]
-        elif config.max_length < given:
-            raise ValueError(f"max_length must leave room for the {given} given tokens, got {config.max_length}")
-        shortest = config.max_length - given if config.max_new_tokens is None else config.max_new_tokens
-        validate_canvas(canvas, self.config.vocab_size, shortest, limit)
-        canvas.setdefault("continuation_mask", torch.zeros(self.config.vocab_size, dtype=torch.bool))
-        canvas = {name: tensor.to(self.device) for name, tensor in canvas.items()}
-        repeats = config.num_return_sequences if config.num_beams == 1 else 1
-        return {
-            name: tensor if name == "continuation_mask" else tensor.repeat_interleave(repeats, 0)
-            for name, tensor in canvas.items()
-        }
+        canvas = Canvas.from_ids(**{**fields, "input_ids": fields.get("input_ids", inputs)})
+        if canvas.continuation_mask is None and not bool(canvas.word_end_mask.any()):
+            canvas.continuation_mask = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        return canvas.to(self.device)
 
     def _token_processors(self, config, processors, canvas):
         """Return Transformers' own processors for these options, without those that speak of EOS."""
@@ -241,7 +226,7 @@ class InsertionGenerationMixin(GenerationMixin):
         self._prepare_special_tokens(plain, kwargs_has_attention_mask=True, device=self.device)
         return self._get_logits_processor(
             plain,
-            input_ids_seq_length=canvas["input_ids"].shape[1],
+            input_ids_seq_length=canvas.input_ids.shape[1],
             prefix_allowed_tokens_fn=None,
             logits_processor=LogitsProcessorList(processors or []),
             device=self.device,
@@ -249,16 +234,22 @@ class InsertionGenerationMixin(GenerationMixin):
         )
 
 
-def _put_prompt(streamer, canvas) -> int:
-    """Give a streamer that skips the prompt what stands before the first open slot; return how many tokens it got."""
-    if isinstance(streamer, TextStreamer) and len(canvas["input_ids"]) > 1:
-        raise ValueError(f"a TextStreamer shows one text, got {len(canvas['input_ids'])}")
+def _check_streamer(streamer, canvas: Canvas, config) -> None:
+    if streamer is not None and config.num_beams > 1:
+        raise ValueError(f"a streamer shows one text as it grows, num_beams={config.num_beams} grow at once")
+    texts = canvas.rows * config.num_return_sequences
+    if isinstance(streamer, TextStreamer) and texts > 1:
+        raise ValueError(f"a TextStreamer shows one text, got {texts}")
+
+
+def _put_prompt(streamer, draft: Draft, canvas: Canvas) -> int:
+    """Give a streamer that skips the prompt what stands before the first open slot; return how many columns it got."""
     if not getattr(streamer, "skip_prompt", False):
         return 0
-    places = canvas["slot_mask"][0].nonzero()
-    given = int(places[0]) + 1 if len(places) else int(canvas["attention_mask"][0].sum())
-    streamer.put(canvas["input_ids"][:1, :given].cpu())
-    return given
+    before = torch.where(canvas.slot_mask.any(1), canvas.slot_mask.int().argmax(1) + 1, canvas.lengths)
+    shown = int((before + draft.margins).min())
+    streamer.put(draft.texts()[:, :shown].cpu())
+    return shown
 
 
 __all__ = ["InsertionGenerateOutput", "InsertionGenerationMixin"]

@@ -5,8 +5,10 @@ import math
 import torch
 
 from modeling_insnext.insnext.attention import alibi_slopes
-from modeling_insnext.insnext.canvas import canvas_from_ids
+from modeling_insnext.insnext.budget import Budget
+from modeling_insnext.insnext.canvas import Canvas
 from modeling_insnext.insnext.configuration_insnext import InsNextConfig
+from modeling_insnext.insnext.draft import Draft
 from modeling_insnext.insnext.modeling_insnext import InsNextForInsertionLM
 
 
@@ -36,7 +38,12 @@ def canvas_of(rows, **fields):
     ids = torch.tensor([[token for token, _ in row] for row in table])
     slots = torch.tensor([[is_open for _, is_open in row] for row in table])
     mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    return canvas_from_ids(ids, mask, slots, **fields)
+    return Canvas.from_ids(ids, mask, slots, **fields)
+
+
+def draft_of(model, canvas, limit, **options):
+    """Return an encoded canvas that may grow by `limit` tokens a row."""
+    return Draft(model, canvas, Budget(canvas, torch.full_like(canvas.lengths, limit)), **options)
 
 
 def row_of(canvas, row):

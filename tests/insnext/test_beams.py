@@ -7,7 +7,7 @@ import pytest
 import torch
 from generation_twins import BOS, TextTwin, canvas_of, tiny_model
 
-from modeling_insnext.insnext import beam
+from modeling_insnext.insnext import write_beam
 
 
 # three tokens that can be written
@@ -18,48 +18,39 @@ FLOAT32 = 1e-6
 
 
 @cache
-def all_texts(limit, merge=True, start=(BOS, 4)):
+def all_texts(limit, start=(BOS, 4), model=MODEL):
     """Return the log-probability of every text of up to `limit` insertions, ended by STOP or cut at the limit.
 
-    All of them, breadth first. The orders that lead to one text are merged: their probabilities are added, and the
-    likeliest goes on for all. Without `merge` every order goes on, and a text has the sum over all its orders.
+    All orders of writing, breadth first; a text has the sum over its orders.
     """
-    finished, running = {}, {start: (0.0, ())}
-
-    def add(text, log_p):
-        finished[text] = log_sum(finished.get(text, -math.inf), log_p)
-
+    finished, running = {}, [(0.0, ())]
     for step in range(limit + 1):
-        grown = {}
-        for log_p, writes in running.values():
-            twin = TextTwin(MODEL, start, range(len(start)))
+        grown = []
+        for log_p, writes in running:
+            twin = TextTwin(model, start, range(len(start)))
             for number, write in enumerate(writes, 1):
                 twin.insert([write], number)
+            text = tuple(twin.tokens())
+            if step == limit:
+                finished.setdefault(text, []).append(log_p)
+                continue
             slots, stop, tokens = twin.scores()
             places, tokens = torch.cat([slots, stop[None]]).log_softmax(0), tokens.log_softmax(1)
-            if step == limit:
-                add(tuple(twin.tokens()), log_p)
-                continue
-            add(tuple(twin.tokens()), log_p + float(places[-1]))
+            finished.setdefault(text, []).append(log_p + float(places[-1]))
             for slot in range(len(slots)):
                 for token in WRITTEN:
-                    text = twin.tokens()
-                    text.insert(twin.text.index(slot) + 1, token)
-                    key = tuple(text) if merge else (*writes, (slot, token))
-                    new = log_p + float(places[slot] + tokens[slot, token])
-                    grown.setdefault(key, []).append((new, (*writes, (slot, token))))
-        running = {key: (log_sum(*(p for p, _ in orders)), max(orders)[1]) for key, orders in grown.items()}
-    return finished
+                    grown.append((log_p + float(places[slot] + tokens[slot, token]), (*writes, (slot, token))))
+        running = grown
+    return {text: log_sum(*orders) for text, orders in finished.items()}
 
 
 def log_sum(*values):
     return float(torch.logsumexp(torch.tensor(values, dtype=torch.float64), 0))
 
 
-def searched(beams, **options):
-    canvas = canvas_of([[(BOS, True), (4, True)]])
-    out = MODEL.generate(
-        **canvas,
+def searched(beams, model=MODEL, **options):
+    out = model.generate(
+        **canvas_of([[(BOS, True), (4, True)]]),
         **{"length_penalty": 0.0, "max_new_tokens": 2, **options},
         num_beams=beams,
         return_dict_in_generate=True,
@@ -74,44 +65,66 @@ def best_of(texts, count=1):
     return sorted(texts.items(), key=lambda item: -item[1])[:count]
 
 
-@pytest.mark.parametrize("merge", [True, False])
-def test_the_enumerated_probabilities_sum_to_1(merge):
-    assert abs(sum(math.exp(log_p) for log_p in all_texts(2, merge).values()) - 1) < 1e-10
+def test_the_enumerated_probabilities_sum_to_1():
+    assert abs(sum(math.exp(log_p) for log_p in all_texts(2).values()) - 1) < 1e-10
 
 
-@pytest.mark.parametrize("limit", [1, 2])
-def test_a_wide_beam_finds_all_texts_with_the_probability_of_all_merged_orders(limit):
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_once_all_orders_fit_every_text_is_found_with_the_sum_over_its_orders(limit):
+    # 2 slots x 3 tokens, then 3 x 3, then 4 x 3: 648 orders of three insertions
     expected = best_of(all_texts(limit), 12)
-    found = searched(300, max_new_tokens=limit, num_return_sequences=len(expected))
+    found = searched(648, max_new_tokens=limit, num_return_sequences=len(expected))
     assert [text for text, _ in found] == [text for text, _ in expected]
     assert max(abs(score - log_p) for (_, score), (_, log_p) in zip(found, expected, strict=True)) < FLOAT32
 
 
-def test_after_one_insertion_the_score_is_the_sum_over_orders_and_the_best_text_is_the_likeliest():
-    # nothing is written after a merge, so no order stands for another one
-    everything = all_texts(1, merge=False)
-    assert (BOS, 4, 4) in everything  # written left or right of the given 4
-    for text, score in searched(300, max_new_tokens=1, num_return_sequences=len(everything)):
-        assert abs(score - everything[text]) < FLOAT32
-    assert searched(300, max_new_tokens=1)[0][0] == best_of(everything)[0][0]
+@pytest.mark.parametrize("beams", [2, 4, 8, 20])
+def test_a_score_is_a_lower_bound_of_the_log_probability(beams):
+    texts = all_texts(3)
+    for text, score in searched(beams, max_new_tokens=3, num_return_sequences=beams):
+        assert score == -math.inf or score < texts[text] + FLOAT32
 
 
-@pytest.mark.parametrize("merge", [True, False])
-def test_a_beam_of_twenty_finds_the_likeliest_of_all_texts_of_three_insertions(merge):
-    [(text, log_p)] = best_of(all_texts(3, merge))
-    [(found, score)] = searched(20, max_new_tokens=3)
-    assert found == text
-    assert not merge or abs(score - log_p) < FLOAT32
+def test_control_a_state_that_stands_for_other_orders_breaks_the_bound(monkeypatch):
+    def merged(pool, beams):
+        # one order goes on for all and is handed their probability
+        kept = [max(mine, key=lambda each: each.candidate.log_p) for mine in by_text(whole(pool, 10**6)).values()]
+        kept = [each._replace(candidate=each.candidate._replace(log_p=each.log_mass)) for each in kept]
+        return sorted(kept, key=lambda each: -each.log_mass)[:beams]
+
+    def by_text(kept):
+        groups = {}
+        for each in kept:
+            groups.setdefault(each.text, []).append(each)
+        return groups
+
+    whole = write_beam._kept
+    monkeypatch.setattr(write_beam, "_kept", merged)
+    texts = all_texts(3)
+    found = searched(648, max_new_tokens=3, num_return_sequences=20)
+    assert max(abs(score - texts[text]) for text, score in found) > 1e-3
 
 
-def test_control_without_merging_the_probabilities_are_too_small(monkeypatch):
+def test_more_beams_than_texts_find_the_likeliest_text_of_random_models():
+    for seed in range(24):
+        model = tiny_model(seed, vocab_size=6)
+        texts = all_texts(3, model=model)
+        [(found, score)] = searched(len(texts), model, max_new_tokens=3)
+        [(text, log_p)] = best_of(texts)
+        assert found == text and abs(score - log_p) < FLOAT32
+
+
+def test_control_without_the_other_orders_the_probabilities_are_too_small(monkeypatch):
     texts = all_texts(1)
     count = len(texts)
-    assert (
-        abs(dict(searched(300, max_new_tokens=1, num_return_sequences=count))[BOS, 4, 4] - texts[BOS, 4, 4]) < FLOAT32
-    )
-    monkeypatch.setattr(beam, "_logaddexp", max)
-    assert dict(searched(300, max_new_tokens=1, num_return_sequences=count))[BOS, 4, 4] < texts[BOS, 4, 4] - 1e-3
+
+    def score_of_doubled():
+        # written left or right of the given 4
+        return dict(searched(300, max_new_tokens=1, num_return_sequences=count))[BOS, 4, 4]
+
+    assert abs(score_of_doubled() - texts[BOS, 4, 4]) < FLOAT32
+    monkeypatch.setattr(write_beam, "log_sum", max)
+    assert score_of_doubled() < texts[BOS, 4, 4] - 1e-3
 
 
 @pytest.mark.parametrize("early_stopping", [True, False, "never"])
@@ -143,8 +156,8 @@ def test_early_stopping_ends_with_the_first_full_set_of_texts():
 
 def test_never_waits_for_a_text_that_several_hypotheses_lead_to():
     # two texts of 0.3 run, one of 0.45 has ended: together the two may become one of more than that
-    finished = beam.Finished(1)
-    finished.add((BOS,), math.log(0.45), 1, {})
+    finished = write_beam.Finished(1)
+    finished.add((0, BOS), math.log(0.45), {})
     assert not finished.is_closed(math.log(0.6)) and finished.is_closed(math.log(0.3))
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_insnext.insnext.canvas import canvas_from_ids, validate_canvas
+from modeling_insnext.insnext.canvas import Canvas
 from modeling_insnext.insnext.canvas_pieces import continuation_mask_of
 from modeling_insnext.insnext.canvas_text import build_canvas
 
@@ -92,7 +92,7 @@ def test_the_given_text_comes_back_when_the_gaps_are_removed(kind, data):
     assert decoded(canvas, tokenizer) == tokenizer.decode(whole, clean_up_tokenization_spaces=False)
     assert canvas["slot_mask"].sum() == len(runs) - 1
     assert canvas["word_end_mask"].sum() == len(runs) - 1
-    validate_canvas(canvas, vocab_size=len(tokenizer))
+    canvas.validate(vocab_size=len(tokenizer))
 
 
 def test_segments_encoded_each_for_itself_do_not_give_the_text_back():
@@ -312,36 +312,36 @@ def ragged():
 
 def test_a_prompt_opens_only_the_slot_at_its_end_whatever_its_padding():
     ids, attention_mask = ragged()
-    canvas = canvas_from_ids(ids, attention_mask)
+    canvas = Canvas.from_ids(ids, attention_mask)
     assert canvas["input_ids"].tolist() == [[5, 6, 9, 9], [7, 8, 6, 9], [1, 2, 9, 9]]
     assert canvas["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]]
     assert canvas["gap_ids"].tolist() == [[-1, 0, -1, -1], [-1, -1, 0, -1], [-1, 0, -1, -1]]
     assert torch.equal(canvas["slot_mask"], canvas["gap_ids"] >= 0)
     assert canvas["min_gap_tokens"].tolist() == [[0]] * 3 and canvas["max_gap_tokens"].tolist() == [[-1]] * 3
-    validate_canvas(canvas, vocab_size=10)
-    assert canvas_from_ids(ids)["slot_mask"].tolist() == [[False, False, False, True]] * 3
+    canvas.validate(vocab_size=10)
+    assert Canvas.from_ids(ids)["slot_mask"].tolist() == [[False, False, False, True]] * 3
 
 
 def test_slots_move_with_their_tokens():
     ids, attention_mask = ragged()
     slots = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1], [1, 0, 0, 0]]).bool()
-    canvas = canvas_from_ids(ids, attention_mask, slots, max_gap_tokens=4)
+    canvas = Canvas.from_ids(ids, attention_mask, slots, max_gap_tokens=4)
     assert canvas["gap_ids"].tolist() == [[0, 1, -1, -1], [0, -1, 1, -1], [0, -1, -1, -1]]
     assert canvas["max_gap_tokens"].tolist() == [[4, 4]] * 3
-    validate_canvas(canvas)
+    canvas.validate()
 
 
 def test_a_built_canvas_passes_through_unchanged():
     canvas = build_canvas(tokenizer_of("byte_level"), ["The ___{1,3} fox ___ .", "An old ___"])
-    again = canvas_from_ids(**canvas)
+    again = Canvas.from_ids(**canvas)
     assert again.keys() == canvas.keys()
     for name in canvas:
         assert torch.equal(again[name], canvas[name]), name
 
 
 def test_a_row_without_an_open_slot_is_allowed():
-    canvas = canvas_from_ids(torch.tensor([[1, 2]]), slot_mask=torch.zeros(1, 2, dtype=torch.bool))
-    validate_canvas(canvas)
+    canvas = Canvas.from_ids(torch.tensor([[1, 2]]), slot_mask=torch.zeros(1, 2, dtype=torch.bool))
+    canvas.validate()
     assert not canvas["slot_mask"].any()
 
 
@@ -359,7 +359,7 @@ IDS_ERRORS = {
 @pytest.mark.parametrize("message", IDS_ERRORS)
 def test_bad_ids_are_refused_by_name(message):
     with pytest.raises(ValueError, match=message):
-        canvas_from_ids(**{"input_ids": torch.ones(2, 3, dtype=torch.long), **IDS_ERRORS[message]})
+        Canvas.from_ids(**{"input_ids": torch.ones(2, 3, dtype=torch.long), **IDS_ERRORS[message]})
 
 
 CANVAS_ERRORS = {
@@ -389,8 +389,8 @@ CANVAS_ERRORS = {
 
 @pytest.mark.parametrize("message", CANVAS_ERRORS)
 def test_a_bad_canvas_is_refused_by_name(message):
-    good = canvas_from_ids(torch.tensor([[1, 2, 3]]))
+    good = Canvas.from_ids(torch.tensor([[1, 2, 3]]))
     limits = dict(vocab_size=5, max_new_tokens=5, max_position_embeddings=7)
-    validate_canvas(good, **limits)
+    good.validate(**limits)
     with pytest.raises(ValueError, match=message):
-        validate_canvas({**good, **CANVAS_ERRORS[message]}, **limits)
+        Canvas(**{**good, **CANVAS_ERRORS[message]}).validate(**limits)

@@ -9,8 +9,10 @@ from generation_twins import BOS, EOS, PAD, VOCAB, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from modeling_insnext.insnext import draft, sampling
-from modeling_insnext.insnext.canvas import canvas_from_ids
+from modeling_insnext.insnext import write_sample
+from modeling_insnext.insnext.budget import Budget
+from modeling_insnext.insnext.canvas import Canvas
+from modeling_insnext.insnext.draft import Draft
 
 
 MODEL = tiny_model(5, dtype=torch.float32, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
@@ -39,7 +41,7 @@ def canvases(draw):
     gap_ids = torch.where(is_open, torch.arange(width), -1)
     continuing = torch.zeros(VOCAB, dtype=torch.bool)
     continuing[list(CONTINUING)] = True
-    return canvas_from_ids(
+    return Canvas.from_ids(
         ids, mask, is_open, gap_ids, torch.where(is_open, low, 0)[:, : int(gap_ids.max()) + 1 or 1],
         high[:, : int(gap_ids.max()) + 1 or 1], ends, continuing,
     )  # fmt: skip
@@ -135,24 +137,29 @@ def test_every_given_token_closed_gap_word_and_bound_survives_every_decode_mode(
 
 
 PARALLEL = {"parallel_slots": 3, "do_sample": True, "seed": 3, "slot_temperature": 9.0}
-BREAKS = {
-    "closed_gap": lambda draft, allowed, room: (torch.ones_like(allowed), room),
-    "maximum": lambda draft, allowed, room: (
-        (draft.gaps[:, : allowed.shape[1]] >= 0) & (torch.arange(allowed.shape[1]) < draft.lengths[:, None]),
-        room + 9,
-    ),
-    "minimum": lambda draft, allowed, room: (draft.minima.zero_() > 9).any() | allowed & False,
-}
 
 
-def broken_draft(monkeypatch, broken):
-    open_slots = draft.Draft.open_slots
+def open_everywhere(monkeypatch):
+    monkeypatch.setattr(Draft, "room", lambda self, slots: torch.ones_like(slots))
 
-    def opened(self, remaining, window):
-        result = BREAKS[broken](self, *open_slots(self, remaining, window))
-        return result if isinstance(result, tuple) else (result, open_slots(self, remaining, window)[1])
 
-    monkeypatch.setattr(draft.Draft, "open_slots", opened)
+def without_maxima(monkeypatch):
+    room = Budget.room
+
+    def wide(self):
+        self.maxima = self.maxima.clamp_max(-1)
+        return room(self)
+
+    monkeypatch.setattr(Budget, "room", wide)
+
+
+def without_minima(monkeypatch):
+    # nothing is asked for and there is no room, so the text stops at once
+    monkeypatch.setattr(Budget, "deficit", property(lambda self: torch.zeros_like(self.minima)))
+    monkeypatch.setattr(Budget, "room", lambda self: torch.zeros_like(self.minima))
+
+
+BREAKS = {"closed_gap": open_everywhere, "maximum": without_maxima, "minimum": without_minima}
 
 
 CANVAS = dict(
@@ -166,26 +173,26 @@ CANVAS = dict(
 @pytest.mark.parametrize("broken", BREAKS)
 @pytest.mark.parametrize("options", [{"do_sample": True, "seed": 1}, {"num_beams": 3}, PARALLEL])
 def test_control_the_checker_notices_a_draft_that_breaks_a_rule(broken, options, monkeypatch):
-    canvas = canvas_from_ids(**CANVAS)
+    canvas = Canvas.from_ids(**CANVAS)
 
     def run():
         out = MODEL.generate(**canvas, max_new_tokens=8, return_dict_in_generate=True, **options)
         check(canvas, out, 8, 0, options)
 
     run()
-    broken_draft(monkeypatch, broken)
+    BREAKS[broken](monkeypatch)
     with pytest.raises(AssertionError):
         run()
 
 
 def test_control_the_checker_notices_glued_words_and_written_structure(monkeypatch):
-    canvas = canvas_from_ids(torch.tensor([[BOS, 4]]), word_end_mask=torch.tensor([[False, True]]))
+    canvas = Canvas.from_ids(torch.tensor([[BOS, 4]]), word_end_mask=torch.tensor([[False, True]]))
     canvas["continuation_mask"] = torch.zeros(VOCAB, dtype=torch.bool)
     glued = MODEL.generate(**canvas, max_new_tokens=1, suppress_tokens=[6, 7, 9, 10, 12, 4], min_new_tokens=1,
                            return_dict_in_generate=True)  # fmt: skip
     with pytest.raises(AssertionError, match="glues"):
         check(canvas, glued, 1, 1, {})
-    monkeypatch.setattr(sampling, "token_scores", lambda *args: torch.eye(VOCAB)[[EOS]])
+    monkeypatch.setattr(write_sample, "token_scores", lambda *args: torch.eye(VOCAB)[[EOS]])
     ended = MODEL.generate(**canvas, max_new_tokens=1, min_new_tokens=1, return_dict_in_generate=True)
     with pytest.raises(AssertionError, match="structure"):
         check(canvas, ended, 1, 1, {})

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from generation_twins import BOS, canvas_of, tiny_model
+from generation_twins import BOS, canvas_of, draft_of, tiny_model
 
-from modeling_insnext.insnext.draft import Draft
+from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
 
 
 SMALL = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, max_position_embeddings=4096)
@@ -43,12 +43,12 @@ def counted(prompt, inserted, ratio=1.0, window=None):
     """Let a draft grow without a network; return it and the blocks that would have been encoded."""
     model = tiny_model(dtype=torch.float32, num_hidden_layers=1, **SMALL)
     counter = Counter(8)
-    draft = Draft(model, canvas_of([[(BOS, True)] * prompt]), prompt + inserted, encoder=counter)
-    one = torch.ones(1, dtype=torch.long)
+    draft = draft_of(model, canvas_of([[(BOS, True)] * prompt]), inserted, encoder=counter)
+    config = InsertionGenerationConfig(ebr=True, ebr_ratio=ratio, ebr_window=window)
     with torch.no_grad():
         for _ in range(inserted):
-            draft.insert(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), 5), one)
-            draft.encode_new(one, ratio, window)
+            draft.write(torch.zeros(1, dtype=torch.long), torch.full((1,), 5), torch.ones(1, dtype=torch.bool))
+            draft.encode(config)
     return draft, counter.blocks
 
 

@@ -27,9 +27,9 @@ def test_criteria_see_the_text_from_left_to_right_and_end_their_row_alone():
         **canvas, max_new_tokens=9, min_new_tokens=9, stopping_criteria=[watching], return_dict_in_generate=True
     )
     assert (out.insertion_steps >= -1).sum(1).tolist() == [6, 6]
-    assert watching.texts[-1] == [out.sequences[0].tolist()]
-    assert watching.texts[1][1] == out.sequences[1].tolist()
-    assert len(watching.texts[0]) == 2 and len(watching.texts[-1]) == 1
+    assert watching.texts[-1] == out.sequences.tolist()
+    assert all(texts[1] == out.sequences[1].tolist() + [PAD] * (len(texts[1]) - 6) for texts in watching.texts[1:])
+    assert {len(texts) for texts in watching.texts} == {2}
 
 
 def test_max_time_ends_all_texts_after_the_step_in_which_it_passes():

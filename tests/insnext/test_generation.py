@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from generation_twins import BOS, PAD, HandTwin, TextTwin, canvas_of, greedy_twin, row_of, tiny_model
+from generation_twins import BOS, PAD, HandTwin, TextTwin, canvas_of, draft_of, greedy_twin, row_of, tiny_model
 
 from modeling_insnext.insnext.draft import Draft
+from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
 
 
 MODEL = tiny_model()
@@ -29,6 +30,17 @@ def rule_of(options):
     return options.get("ebr_ratio", 1.0) if options.get("ebr") else None, options.get("ebr_window")
 
 
+def ebr_of(ratio, window=None):
+    return InsertionGenerationConfig(ebr=ratio is not None, ebr_ratio=ratio, ebr_window=window)
+
+
+def write_all(draft, writes):
+    """Write the (slot, token) pairs of each row."""
+    for q in range(max(map(len, writes))):
+        pairs = torch.tensor([row[q] if q < len(row) else (0, 0) for row in writes])
+        draft.write(pairs[:, 0], pairs[:, 1], torch.tensor([q < len(row) for row in writes]))
+
+
 def random_writes(twin, generator, most):
     count = min(len(twin.ids), int(torch.randint(1, most + 1, (1,), generator=generator)))
     slots = torch.randperm(len(twin.ids), generator=generator)[:count].tolist()
@@ -40,7 +52,7 @@ def largest_error(ebr, parallel, static=False, model=MODEL, steps=14, kind=None,
     ratio, window = rule_of(EBR[ebr])
     starts = [TEXT, [BOS], [BOS, 3, 4]]
     canvas = canvas_of([[(token, True) for token in ids] for ids in starts])
-    draft = Draft(model, canvas, 5 + steps * parallel + parallel, static)
+    draft = draft_of(model, canvas, steps * parallel, parallel=parallel, static=static)
     kind = kind or (HandTwin if window else TextTwin)
     twins = [kind(model, ids, range(len(ids))) for ids in starts]
     generator = torch.Generator().manual_seed(7)
@@ -49,14 +61,8 @@ def largest_error(ebr, parallel, static=False, model=MODEL, steps=14, kind=None,
         writes = [random_writes(twin, generator, parallel) for twin in twins]
         if step % 5 == 0:
             writes[1] = []  # a row rests
-        counts = torch.tensor([len(row) for row in writes])
-        padded = [row + [(0, 0)] * (int(counts.max()) - len(row)) for row in writes]
-        draft.insert(
-            torch.tensor([[s for s, _ in row] for row in padded]),
-            torch.tensor([[t for _, t in row] for row in padded]),
-            counts,
-        )
-        draft.encode_new(counts, ratio, window)
+        write_all(draft, writes)
+        draft.encode(ebr_of(ratio, window))
         present = torch.arange(draft.width) < draft.lengths[:, None]
         scores = draft.slot_scores(present, torch.ones(3, dtype=torch.bool))
         for row, twin in enumerate(twins):
@@ -72,7 +78,7 @@ def largest_error(ebr, parallel, static=False, model=MODEL, steps=14, kind=None,
                 abs(float(scores[row, -1] - stop)),
                 float((mine[:, 3:] - tokens[:, 3:]).abs().max()),
             )
-            assert draft.texts(PAD)[row, :length].tolist() == twin.tokens()
+            assert draft.texts()[row, :length].tolist() == twin.tokens()
             assert draft.reencoded_at[row] == twin.struck
             assert int(draft.encoded_tokens[row]) == twin.encoded or not counted
     if ratio is not None:
@@ -116,19 +122,18 @@ def test_control_scores_differ_once_the_block_is_encoded_by_another_rule(ebr, mo
 
 @torch.no_grad()
 def test_after_reencoding_the_scores_are_those_of_the_text_given_at_once():
-    draft = Draft(MODEL, canvas_of([[(token, True) for token in TEXT]]), 20)
+    draft = draft_of(MODEL, canvas_of([[(token, True) for token in TEXT]]), 15)
     twin = TextTwin(MODEL, TEXT, range(5))
     for step, (slot, token) in enumerate([(0, 6), (5, 7), (3, 8)], 1):
-        counts = torch.ones(1, dtype=torch.long)
-        draft.insert(torch.tensor([[slot]]), torch.tensor([[token]]), counts)
+        write_all(draft, [[(slot, token)]])
         twin.insert([(slot, token)], step)
-        draft.encode_new(counts)
+        draft.encode(ebr_of(None))
     everything = torch.ones(1, 8, dtype=torch.bool)
     stop = torch.ones(1, dtype=torch.bool)
     running = draft.slot_scores(everything, stop)
     draft.encode_block(torch.tensor([0]), torch.tensor([0]))
     order = torch.tensor([twin.text])
-    fresh = MODEL.model(draft.texts(PAD)).last_hidden_state
+    fresh = MODEL.model(draft.texts()).last_hidden_state
     assert (draft.left[0, order] - MODEL.slot_head.left_proj(fresh)).abs().max() < 1e-10
     assert (draft.slot_scores(everything, stop) - running).abs().max() > 1e-3
 
@@ -210,12 +215,11 @@ def test_dynamic_and_static_caches_write_the_same(ebr, parallel):
 def test_a_row_that_strikes_while_all_others_rest_loses_no_key():
     # the others' buffers are full, so the struck row's last entry needs room that only it asks for
     canvas = canvas_of([[(BOS, True), (4, True)], [(BOS, True), (5, True)]])
-    draft = Draft(MODEL, canvas, 40)
+    draft = draft_of(MODEL, canvas, 38)
     twin = TextTwin(MODEL, [BOS, 4], [0, 1])
     for step in range(1, 30):
-        counts = torch.tensor([1, 0])
-        draft.insert(torch.tensor([[0], [0]]), torch.tensor([[6], [6]]), counts)
-        draft.encode_new(counts, 0.2, None)
+        write_all(draft, [[(0, 6)], []])
+        draft.encode(ebr_of(0.2))
         twin.insert([(0, 6)], step, 0.2)
         slots, stop, _ = twin.scores()
         scores = draft.slot_scores(torch.arange(draft.width) < draft.lengths[:, None], torch.tensor([True, True]))

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from generation_twins import BOS, EOS, PAD, TextTwin, canvas_of, tiny_model
+from generation_twins import BOS, EOS, PAD, TextTwin, canvas_of, draft_of, tiny_model
 from transformers import LogitsProcessor
 
-from modeling_insnext.insnext.draft import Draft
 from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
-from modeling_insnext.insnext.sampling import RowSampler, choose_slots
+from modeling_insnext.insnext.write_sample import RowSampler, choose_slots
 
 
 MODEL = tiny_model(0, max_position_embeddings=24)
@@ -45,13 +44,11 @@ def slot_frequencies(draws=3000, **options):
     config = InsertionGenerationConfig(
         do_sample=True, **{"slot_temperature": 1.0, "slot_top_p": 1.0, "parallel_slots": 1, **options}
     )
-    one = {name: tensor.repeat_interleave(draws, 0) for name, tensor in CANVAS.items()}
     with torch.no_grad():
-        draft = Draft(MODEL, one, 8)
-        sampler = RowSampler(draws, True, 5, "cpu")
-        slots, counts = choose_slots(draft, sampler, torch.full((draws,), 3), config)
+        draft = draft_of(MODEL, CANVAS.repeat(draws), 3)
+        slots, takes = choose_slots(draft, RowSampler(draws, True, 5, "cpu"), config)
         logits, stop, _ = TextTwin(MODEL, PROMPT[0].tolist(), [0, -1, 1, 2]).scores()
-    chosen = torch.where(counts > 0, slots[:, 0], 4)
+    chosen = torch.where(takes[:, 0], slots[:, 0], 4)
     return chosen.bincount(minlength=5) / draws, torch.cat([logits, stop[None]]).index_fill(
         0, torch.tensor(1), -math.inf
     )
@@ -77,11 +74,9 @@ def test_slot_top_p_cuts_the_tail_of_the_slots():
 
 def test_a_row_that_draws_several_slots_has_them_distinct_and_before_stop():
     config = InsertionGenerationConfig(do_sample=True, slot_temperature=5.0, slot_top_p=1.0, parallel_slots=4)
-    one = {name: tensor.repeat_interleave(200, 0) for name, tensor in CANVAS.items()}
     with torch.no_grad():
-        slots, counts = choose_slots(
-            Draft(MODEL, one, 12), RowSampler(200, True, 5, "cpu"), torch.full((200,), 3), config
-        )
+        slots, takes = choose_slots(draft_of(MODEL, CANVAS.repeat(200), 3), RowSampler(200, True, 5, "cpu"), config)
+    counts = takes.sum(1)
     assert set(counts.tolist()) == {0, 1, 2, 3}
     for row, count in zip(slots.tolist(), counts.tolist(), strict=True):
         assert len(set(row[:count])) == count and set(row[:count]) <= {0, 2, 3}

@@ -1,0 +1,74 @@
+"""One step of writing, shared by sampling and beams.
+
+    draft.choices(config)      logits of the slots and of STOP
+    token_scores(draft, ...)   scores of the token in a chosen slot
+    draft.write(...)           the token stands in the text
+    draft.encode(config)       the network has read it; EBR
+
+Shape suffixes: R rows, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from transformers import LogitsProcessorList
+
+from .draft import Draft
+
+
+class TokenRules(NamedTuple):
+    """What has a say in the choice of a token beside the model.
+
+    Attributes:
+        continuation_mask: bool `[V]`, pieces that glue to the word on their left; barred right of a given word.
+        processors: Processors of the token scores.
+        allowed_tokens: `prefix_allowed_tokens_fn`, or None.
+    """
+
+    continuation_mask: torch.Tensor
+    processors: LogitsProcessorList
+    allowed_tokens: Callable[[int, torch.Tensor], list[int]] | None = None
+
+
+def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: TokenRules) -> torch.Tensor:
+    """Return processed scores `[R, V]` of the token that goes into one slot of each row; `-inf` in rows that rest.
+
+    Processors are given all rows: of one that rests its text from left to right and scores of 0.
+
+    Args:
+        draft: The texts.
+        slots: int64 `[R]`.
+        acts: bool `[R]`, rows that write.
+        rules: Who has a say.
+    """
+    model, rows = draft.model, acts.nonzero().squeeze(1)
+    states = model.slot_head.token_state(draft.slots[rows, slots[rows]], draft.state[rows])
+    scores = model.token_logits(states)
+    scores = scores.masked_fill(draft.words_end[rows, slots[rows]][:, None] & rules.continuation_mask, -torch.inf)
+    scores_RV = scores.new_zeros(len(draft), scores.shape[1]).index_copy(0, rows, scores)
+    if rules.processors or rules.allowed_tokens is not None:
+        seen = draft.around(torch.where(acts, slots, draft.last_slots()))
+        if rules.allowed_tokens is not None:
+            scores_RV = scores_RV.masked_fill(_forbidden(draft, rows.tolist(), seen, scores_RV, rules), -torch.inf)
+        barred = scores_RV.isneginf()
+        # no processor brings back what is barred
+        scores_RV = rules.processors(seen, scores_RV).masked_fill(barred, -torch.inf)
+    return scores_RV.masked_fill(~acts[:, None], -torch.inf)
+
+
+def _forbidden(draft, rows, seen, scores, rules: TokenRules) -> torch.Tensor:
+    forbidden = torch.zeros_like(scores, dtype=torch.bool)
+    lengths, origins = draft.lengths.tolist(), draft.origins.tolist()
+    for row in rows:
+        forbidden[row] = True
+        forbidden[row, rules.allowed_tokens(origins[row], seen[row, -lengths[row] :])] = False
+    return forbidden
+
+
+def nothing_to_write(row: int) -> ValueError:
+    """Return the error for a slot in which every token is barred."""
+    return ValueError(
+        f"no token may be written into the chosen slot of row {row}: logits processors, prefix_allowed_tokens_fn, "
+        "suppressed and continuing pieces leave none"
+    )

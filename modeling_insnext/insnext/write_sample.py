@@ -1,0 +1,99 @@
+"""Greedy and sampled insertion: a slot or several a step, then a token in each.
+
+Shape suffixes: R rows, k slots a step, V vocabulary.
+"""
+
+import torch
+from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
+
+from .draft import Draft
+from .output import InsertionGenerateOutput, collect, finished_row
+from .step import TokenRules, nothing_to_write, token_scores
+
+
+def write_sample(draft: Draft, config, rules: TokenRules, criteria, streamer) -> InsertionGenerateOutput:
+    """Fill canvases greedily or by sampling, `parallel_slots` tokens a step; rows end one by one.
+
+    Raises:
+        ValueError: If every token of a chosen slot is barred.
+    """
+    sampler = RowSampler(len(draft), config.do_sample, config.seed, draft.ids.device)
+    while bool(draft.running.any()):
+        slots, takes = choose_slots(draft, sampler, config)
+        wrote, scores = write_tokens(draft, sampler, slots, takes, rules)
+        draft.encode(config)
+        draft.running &= wrote & (draft.budget.remaining > 0)
+        if criteria:
+            draft.running &= ~criteria(draft.texts(), scores)
+        if hasattr(streamer, "put_draft"):
+            streamer.put_draft(draft.texts().cpu())
+    return collect([finished_row(draft, row) for row in range(len(draft))], draft.pad, draft.ids.device)
+
+
+class RowSampler:
+    """Choose the largest of logits or, sampling, of logits plus Gumbel noise: k best are k draws without replacement.
+
+    With seeds every row has a generator of its own, so that what is drawn for a row depends on nobody else.
+    """
+
+    def __init__(self, rows: int, do_sample: bool, seed: int | list[int] | None, device):
+        self.do_sample = do_sample
+        self.generators = None
+        if seed is not None and do_sample:
+            seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else seed
+            if len(seeds) != rows:
+                raise ValueError(f"seed must be an integer or one for each of the {rows} texts, got {len(seeds)}")
+            self.generators = [torch.Generator(device).manual_seed(s) for s in seeds]
+
+    def noise(self, scores: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+        """Return Gumbel noise `[R, S]` of which row r draws its first `lengths[r]`, or zeros without sampling."""
+        if not self.do_sample:
+            return torch.zeros_like(scores)
+        if self.generators is None:
+            return -torch.empty_like(scores).exponential_().log()
+        noise = torch.zeros_like(scores)
+        for row, length in enumerate(lengths):
+            noise[row, :length].exponential_(generator=self.generators[row]).log_().neg_()
+        return noise
+
+
+def choose_slots(draft: Draft, sampler: RowSampler, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the slots `[R, k]` to write into, best first, and whether each comes before STOP; `[R, k]` bool."""
+    scores = draft.choices(config)
+    if config.do_sample:
+        if config.slot_temperature != 1.0:
+            scores = TemperatureLogitsWarper(config.slot_temperature)(None, scores)
+        if config.slot_top_p < 1.0:
+            scores = TopPLogitsWarper(config.slot_top_p)(None, scores)
+    # STOP draws first: its place in the row must not depend on how wide the batch is
+    scores = scores.roll(1, 1)
+    scores = scores + sampler.noise(scores, (draft.lengths + 1).tolist())
+    ranked = scores.topk(min(config.parallel_slots, scores.shape[1]), dim=1)
+    slots = ranked.indices - 1
+    takes = (ranked.values.isfinite() & (slots >= 0)).long().cumprod(1).bool()
+    return slots.clamp_min(0), takes
+
+
+def write_tokens(draft, sampler, slots, takes, rules: TokenRules) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose and write a token for every slot that is taken and has room, all from one state.
+
+    Returns:
+        Which rows wrote, bool `[R]`, and the scores `[R, V]` of each first slot, `-inf` in rows that stop.
+
+    Raises:
+        ValueError: If every token of a slot is barred.
+    """
+    first_scores = None
+    for q in range(slots.shape[1]):
+        acts = takes[:, q] & (draft.room(slots[:, q : q + 1])[:, 0] > 0)
+        scores = token_scores(draft, slots[:, q], acts, rules)
+        first_scores = scores if first_scores is None else first_scores
+        if bool(acts.any()):
+            # only rows that fill a slot draw for it, so that no row's draws depend on its neighbours
+            lengths = [scores.shape[1] if act else 0 for act in acts.tolist()]
+            best = (scores + sampler.noise(scores, lengths)).max(1)
+            barred = acts & best.values.isneginf()
+            if bool(barred.any()):
+                raise nothing_to_write(int(draft.origins[barred.nonzero()[0, 0]]))
+            draft.write(slots[:, q], best.indices, acts)
+    return takes[:, 0], first_scores
