@@ -93,7 +93,7 @@ class Canvas(ModelOutput):
             continuation_mask: `[V]` bool; passed on.
 
         Raises:
-            ValueError: If a row is empty, its tokens are not contiguous or shapes disagree.
+            ValueError: If a row is empty, its tokens are not contiguous, shapes disagree or bounds are no integers.
         """
         if not torch.is_tensor(input_ids) or input_ids.ndim != 2:
             raise ValueError(
@@ -126,7 +126,7 @@ class Canvas(ModelOutput):
         else:
             gap_ids_BT = aligned(gap_ids).long()
         G = max(int(gap_ids_BT.max()) + 1, 1)
-        if isinstance(min_gap_tokens, int):
+        if isinstance(min_gap_tokens, int) and not isinstance(min_gap_tokens, bool):
             exists_BG = (gap_ids_BT[..., None] == torch.arange(G, device=device)).any(1)
             min_gap_tokens = min_gap_tokens * exists_BG.long()
         return cls(
@@ -271,9 +271,11 @@ def _check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...])
 
 
 def _bounds_tensor(name: str, bounds, default: int, shape: tuple[int, int], device) -> torch.Tensor:
-    if bounds is None or isinstance(bounds, int):
+    if bounds is None or (isinstance(bounds, int) and not isinstance(bounds, bool)):
         return torch.full(shape, default if bounds is None else bounds, dtype=torch.long, device=device)
-    bounds = torch.as_tensor(bounds, device=device)
+    given, bounds = bounds, torch.as_tensor(bounds, device=device)
+    if bounds.is_floating_point() or bounds.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {given}")
     if bounds.ndim != 2 or bounds.shape[0] != shape[0] or bounds.shape[1] < shape[1]:
         raise ValueError(f"{name} must have shape {list(shape)}, [B, G], got {list(bounds.shape)}")
     return bounds.long()

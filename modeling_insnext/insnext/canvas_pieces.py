@@ -103,8 +103,8 @@ _BYTE_OF = _byte_of_character()
 
 
 def token_ids(tokenizer, text: str) -> list[int]:
-    """Return the ids of `text` without special tokens around it."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    """Return the ids of `text` without special tokens around it; one that it spells means its letters."""
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def ids_inside_text(tokenizer, text: str) -> list[int]:

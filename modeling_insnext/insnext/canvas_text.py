@@ -1,14 +1,19 @@
 """From text with marks, or keywords, to a canvas: rows of token ids and the gaps between them."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from .canvas import Canvas
 from .canvas_pieces import continuation_mask_of, ids_inside_text, token_ids
 
+
+logger = logging.get_logger(__name__)
 
 Bounds = int | None | Sequence[Any]
 
@@ -17,11 +22,10 @@ OPENING = re.compile(r"""(^|\s)[(\[{¿¡‘“«‹（【「『]+$""")
 
 
 class Segment(NamedTuple):
-    """Given text between two gaps."""
+    """Given text between two gaps, the space on its left included; `ends_word`: what follows begins with a space."""
 
     text: str
-    spaced_left: bool
-    spaced_right: bool
+    ends_word: bool
 
 
 class Gap(NamedTuple):
@@ -38,6 +42,7 @@ class Row(NamedTuple):
     gap_after: list[int]
     word_end: list[bool]
     gaps: list[Gap]
+    given: str
 
 
 def build_canvas(
@@ -54,15 +59,19 @@ def build_canvas(
 ) -> Canvas:
     """Return the canvas of `text` with marks, or of `keywords` with a gap before, between and after them.
 
-    A mark with a space beside it stands for words: no piece glues to the given word there. A mark without one, as in
-    "un___able", stands for a part of the word. A space before closing or after opening punctuation beside a mark is
-    dropped. Newlines beside a mark are given text. A longer run of the same character is still one mark.
+    One space beside a mark is the border of a word: the mark stands for words, and no piece glues to the given word
+    there. A mark without one, as in "un___able", stands for a part of the word. Before closing punctuation, after
+    opening punctuation and before the end of a line that space is dropped. All else is given text: tabs, newlines and
+    every further space. A longer run of the same character is still one mark. A text that spells a special token, as
+    "<pad>", means its letters. Where the tokenizer cannot write the given text as it is, because it normalises
+    quotes, say, a warning names the first difference.
 
     Args:
         tokenizer: Tokenizer of the model; byte-level BPE, sentencepiece or WordPiece.
         text: One text or a batch; each mark, `gap`, is a gap. Bounds of the number of tokens may follow a mark:
             `___{3}`, `___{2,5}`, `___{2,}`, `___{,5}`.
-        keywords: Words or phrases, one list or a batch of lists. Phrases stay whole.
+        keywords: Words or phrases, one list or a batch of lists. Phrases stay whole; white space around one is not
+            part of it.
         gap: The mark.
         min_gap_tokens: Least number of tokens in each gap without bounds of its own: one for all, a list with one a
             gap, or a list of such lists, one a row. None is 0.
@@ -73,8 +82,8 @@ def build_canvas(
         device: Device of the tensors.
 
     Raises:
-        ValueError: If there is no text, mark or keyword, bounds contradict each other, gaps touch, the tokenizer has
-            no BOS or no token for a given word, or its ids exceed `vocab_size`.
+        ValueError: If there is no text, mark or keyword, bounds contradict each other, gaps touch, a text is no
+            Unicode, the tokenizer has no BOS or no token for a given word, or its ids exceed `vocab_size`.
     """
     if (text is None) == (keywords is None):
         raise ValueError(f"give text or keywords, one of both, got text={text!r} and keywords={keywords!r}")
@@ -91,6 +100,7 @@ def build_canvas(
             raise ValueError("ordered=False needs order_phrases, which chooses the order; model.canvas has one")
         order = None if ordered else order_phrases
         rows = [_keyword_row(tokenizer, phrases, gap, order) for phrases in _phrase_lists(keywords)]
+    _warn_of_changes(tokenizer, rows)
     bounds = _gap_bounds(rows, min_gap_tokens, max_gap_tokens)
     continuation_mask = continuation_mask_of(tokenizer, vocab_size)
     highest = max(max(row.ids) for row in rows)
@@ -112,6 +122,8 @@ def build_canvas(
 
 
 def _texts(text: str | list[str]) -> list[str]:
+    if not isinstance(text, (str, Sequence)):
+        raise ValueError(f"text must be a string or a list of strings, got {text!r}")
     texts = [text] if isinstance(text, str) else list(text)
     if not texts:
         raise ValueError("empty canvas: text is an empty list")
@@ -126,7 +138,10 @@ def _phrase_lists(keywords: list[str] | list[list[str]]) -> list[list[str]]:
         raise ValueError(f"keywords must be a list of phrases, got {keywords!r}")
     if not keywords:
         raise ValueError("empty canvas: keywords is an empty list")
-    batch = [list(keywords)] if any(isinstance(entry, str) for entry in keywords) else [list(row) for row in keywords]
+    if any(isinstance(entry, str) or not isinstance(entry, Sequence) for entry in keywords):
+        batch = [list(keywords)]
+    else:
+        batch = [list(row) for row in keywords]
     for row, phrases in enumerate(batch):
         if not phrases:
             raise ValueError(f"empty canvas: keywords of row {row} is an empty list")
@@ -139,37 +154,47 @@ def _phrase_lists(keywords: list[str] | list[list[str]]) -> list[list[str]]:
 def _text_row(tokenizer, text: str, mark: str) -> Row:
     segments, gaps = _split(text, mark)
     if not gaps:
-        raise ValueError(f"a text needs at least one mark {mark!r} to open a gap, got {text!r}")
+        raise ValueError(
+            f"a text needs at least one mark {mark!r} to open a gap, got {text!r}; "
+            "words that must occur go to keywords=[...]"
+        )
     ids, gap_after, word_end = [tokenizer.bos_token_id], [-1], [False]
     for index, segment in enumerate(segments):
-        pieces = _encode(tokenizer, segment, first=index == 0)
+        pieces = _encode(tokenizer, segment.text, first=index == 0)
         if not pieces and 0 < index < len(gaps):
-            raise ValueError(f"gaps {index - 1} and {index} touch: no given token stands between them in {text!r}")
+            raise ValueError(
+                f"gaps {index - 1} and {index} touch: no given token stands between them in {text!r}; "
+                f"one mark with bounds, as {mark}{{2,}}, asks for a longer gap"
+            )
         ids += pieces
         gap_after += [-1] * len(pieces)
         word_end += [False] * len(pieces)
         if index < len(gaps):
             gap_after[-1] = index
-            word_end[-1] = bool(pieces) and segment.spaced_right
-    return Row(ids, gap_after, word_end, gaps)
+            word_end[-1] = bool(pieces) and segment.ends_word
+    return Row(ids, gap_after, word_end, gaps, "".join(segment.text for segment in segments))
 
 
 def _keyword_row(tokenizer, phrases: list[str], mark: str, order_phrases) -> Row:
     for phrase in phrases:
         if mark in phrase:
-            raise ValueError(f"a keyword is given whole and has no mark {mark!r}, got {phrase!r}")
-    pieces = [_encode(tokenizer, _segment(f" {phrase.strip()} ", True, True), first=False) for phrase in phrases]
+            raise ValueError(
+                f"a keyword is given whole and has no mark {mark!r}, got {phrase!r}; "
+                "if these are letters of the word, choose another mark, as gap='<gap>'"
+            )
+    texts = [_segment(f" {phrase.strip()} ", True, True).text for phrase in phrases]
+    pieces = [_encode(tokenizer, text, first=False) for text in texts]
     if order_phrases is not None:
         order = [int(index) for index in order_phrases([list(ids) for ids in pieces])]
         if sorted(order) != list(range(len(pieces))):
             raise ValueError(f"order_phrases must return a permutation of {len(pieces)} phrases, got {order}")
-        pieces = [pieces[index] for index in order]
+        pieces, texts = [pieces[index] for index in order], [texts[index] for index in order]
     ids, gap_after, word_end = [tokenizer.bos_token_id], [0], [False]
     for index, phrase_ids in enumerate(pieces):
         ids += phrase_ids
         gap_after += [-1] * (len(phrase_ids) - 1) + [index + 1]
         word_end += [False] * (len(phrase_ids) - 1) + [True]
-    return Row(ids, gap_after, word_end, [Gap()] * (len(pieces) + 1))
+    return Row(ids, gap_after, word_end, [Gap()] * (len(pieces) + 1), "".join(texts))
 
 
 def _split(text: str, mark: str) -> tuple[list[Segment], list[Gap]]:
@@ -186,16 +211,16 @@ def _split(text: str, mark: str) -> tuple[list[Segment], list[Gap]]:
 
 
 def _segment(raw: str, after_gap: bool, before_gap: bool) -> Segment:
+    """Take the one space beside each mark out of `raw`; put that on the left back where it parts two words."""
     text = raw
-    if after_gap:
-        text = text.lstrip(" \t")
-    if before_gap:
-        text = text.rstrip(" \t")
-    spaced_left = after_gap and raw != raw.lstrip(" \t") and not CLOSING.match(text) and text[:1] != "\n"
+    border_left = after_gap and text.startswith(" ")
+    text = text[border_left:]
+    border_right = before_gap and text.endswith(" ")
+    text = text[: len(text) - border_right]
+    if border_left and text and not (CLOSING.match(text) or text[0] in "\r\n"):
+        text = " " + text
     # a straight quote opens as often as it closes, so what follows it is the model's choice
-    free_right = OPENING.search(text) or text.endswith(('"', "\n"))
-    spaced_right = before_gap and raw != raw.rstrip(" \t") and not free_right
-    return Segment(text, spaced_left, spaced_right)
+    return Segment(text, border_right and not (OPENING.search(text) or text.endswith('"')))
 
 
 def _inline_bounds(index: int, bounds: str | None) -> Gap:
@@ -210,21 +235,36 @@ def _inline_bounds(index: int, bounds: str | None) -> Gap:
     return Gap(minimum, int(match[3]) if match[3] else -1)
 
 
-def _encode(tokenizer, segment: Segment, first: bool) -> list[int]:
-    """Return the ids that the segment has in the middle of a text, or at its start if `first`."""
-    if not segment.text:
+def _encode(tokenizer, text: str, first: bool) -> list[int]:
+    """Return the ids that `text` has in the middle of a text, or at its start if `first`."""
+    if not text:
         return []
-    if first:
-        ids = token_ids(tokenizer, segment.text)
-    else:
-        ids = ids_inside_text(tokenizer, (" " if segment.spaced_left else "") + segment.text)
-    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} - {None}
+    surrogate = re.search("[\ud800-\udfff]", text)
+    if surrogate is not None:
+        raise ValueError(f"given text must be Unicode, got the lone surrogate {surrogate[0]!r} in {text!r}")
+    ids = token_ids(tokenizer, text) if first else ids_inside_text(tokenizer, text)
+    special = set(tokenizer.all_special_ids)
     for index in ids:
-        if index in special or index == tokenizer.unk_token_id:
+        if index in special:
             what = "has no token for a part of" if index == tokenizer.unk_token_id else "reads a special token in"
             token = tokenizer.convert_ids_to_tokens(index)
-            raise ValueError(f"given text must survive as it is, but the tokenizer {what} {segment.text!r}: {token!r}")
+            raise ValueError(f"given text must survive as it is, but the tokenizer {what} {text!r}: {token!r}")
     return ids
+
+
+def _warn_of_changes(tokenizer, rows: list[Row]) -> None:
+    """Name the first place where the given text, its gaps left out, is decoded as something else."""
+    for row, canvas in enumerate(rows):
+        decoded = tokenizer.decode(canvas.ids[1:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        # a tokenizer may put one space before every text, or take one away
+        given, decoded = canvas.given.removeprefix(" "), decoded.removeprefix(" ")
+        if given != decoded:
+            at = len(os.path.commonprefix([given, decoded]))
+            around = slice(max(at - 15, 0), at + 15)
+            logger.warning(
+                f"the tokenizer changes the given text of row {row}: {given[around]!r} becomes {decoded[around]!r}"
+            )
+            return
 
 
 def _gap_bounds(rows: list[Row], minimum: Bounds, maximum: Bounds) -> list[tuple[list[int], list[int]]]:
@@ -242,7 +282,9 @@ def _gap_bounds(rows: list[Row], minimum: Bounds, maximum: Bounds) -> list[tuple
 
 def _bounds_by_row(name: str, bounds: Bounds, rows: list[Row]) -> list[list[int | None]]:
     """Spread one number, a list with one a gap or a list of lists over the gaps of all rows."""
-    if bounds is None or isinstance(bounds, int):
+    if bounds is not None and not isinstance(bounds, (Integral, Sequence)):
+        raise ValueError(f"{name} must be an integer of at least 0, a list or None, got {bounds!r}")
+    if bounds is None or isinstance(bounds, Integral):
         by_row = [[bounds] * len(row.gaps) for row in rows]
     elif any(isinstance(entry, Sequence) for entry in bounds):
         if len(bounds) != len(rows):
@@ -257,7 +299,7 @@ def _bounds_by_row(name: str, bounds: Bounds, rows: list[Row]) -> list[list[int 
         if len(entries) != len(canvas.gaps):
             raise ValueError(f"{name} has {len(entries)} entries {entries} for {len(canvas.gaps)} gaps in row {row}")
         for index, entry in enumerate(entries):
-            if entry is not None and (isinstance(entry, bool) or not isinstance(entry, int) or entry < 0):
+            if entry is not None and (isinstance(entry, bool) or not isinstance(entry, Integral) or entry < 0):
                 raise ValueError(f"{name} of gap {index} in row {row} must be an integer of at least 0, got {entry!r}")
     return by_row
 

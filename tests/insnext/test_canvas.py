@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_insnext.insnext.canvas import Canvas
@@ -248,7 +248,18 @@ TEXT_ERRORS = {
         keywords=["fox", "dog"], ordered=False, order_phrases=lambda phrases: [0, 0]
     ),
     "mark that is not blank": dict(text="The fox", gap=" "),
-    "reads a special token": dict(text="The </s> ___"),
+    "must be a string or a list of strings, got 5": dict(text=5),
+    "words that must occur go to keywords=": dict(text=["dog", "park"]),
+    "one mark with bounds, as ___\\{2,}, asks for": dict(text="The ___ ___ fox"),
+    "choose another mark, as gap='<gap>'": dict(keywords=["snake___case"]),
+    "not blank, got 5": dict(keywords=[5]),
+    "min_gap_tokens must be an integer of at least 0, a list or None, got 1.5": dict(text="a ___", min_gap_tokens=1.5),
+    "max_gap_tokens of gap 0 in row 0 must be an integer of at least 0, got 1.5": dict(
+        text="a ___", max_gap_tokens=[1.5]
+    ),
+    "min_gap_tokens of gap 0 in row 0 .* got True": dict(text="a ___", min_gap_tokens=True),
+    r"must be Unicode, got the lone surrogate '\\ud83d' in 'hi \\ud83d'": dict(text="hi \ud83d___"),
+    r"lone surrogate '\\udc00' in ' \\udc00'": dict(keywords=["fox", "\udc00"]),
     "vocabulary mismatch: the tokenizer": dict(text="The ___", vocab_size=10),
 }
 
@@ -257,6 +268,107 @@ TEXT_ERRORS = {
 def test_bad_text_is_refused_by_name(message):
     with pytest.raises(ValueError, match=message):
         build_canvas(tokenizer_of("byte_level"), **TEXT_ERRORS[message])
+
+
+@pytest.mark.parametrize("spelled", ["</s>", "<pad>", "<s>", "<tool>"])
+def test_a_special_token_in_given_text_means_its_letters(spelled, caplog):
+    tokenizer = byte_level(False)
+    tokenizer.add_tokens(["<tool>"], special_tokens=True)
+    for canvas in (
+        build_canvas(tokenizer, f"The {spelled} ___"),
+        build_canvas(tokenizer, f"___{spelled}"),
+        build_canvas(tokenizer, keywords=["fox", f"a {spelled}"]),
+    ):
+        assert not set(canvas["input_ids"][0, 1:].tolist()) & set(tokenizer.all_special_ids)
+        assert spelled in decoded(canvas, tokenizer)
+    assert not caplog.records
+    # control: read the plain way, it is a token that decoding hides
+    plain = tokenizer(f"The {spelled}", add_special_tokens=False)["input_ids"]
+    assert spelled not in tokenizer.decode(plain, skip_special_tokens=True)
+
+
+def test_a_special_token_that_cannot_be_read_as_letters_is_refused():
+    vocab = {piece: index for index, piece in enumerate(["<unk>", "<s>", "</s>", "fox"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    with pytest.raises(ValueError, match="reads a special token in 'fox </s>': '</s>'"):
+        build_canvas(tokenizer, "fox </s> ___")
+
+
+GIVEN = {
+    "def f():\n    ___\n    return x": "def f():\n   \n    return x",
+    "name\t___\tage": "name\t\tage",
+    "a  ___  b": "a   b",
+    "a ___ b": "a b",
+    "a\t ___ \tb": "a\t \tb",
+    "\n ___\n\n": "\n\n\n",
+    "a ___ \nb": "a\nb",
+    "a ___ \r\nb": "a\r\nb",
+    "   a ___   ": "   a   ",
+    "fox ___  .": "fox  .",
+    "x = [ ___ ]": "x = []",
+    "x = [  ___ ]": "x = [ ]",
+    "a\u00a0___\u00a0b": "a\u00a0\u00a0b",
+}
+
+
+@pytest.mark.parametrize("text", GIVEN)
+def test_one_space_beside_a_mark_is_the_border_of_a_word_and_all_else_is_given(text, caplog):
+    for kind in ("byte_level", "byte_level_prefix"):
+        tokenizer = tokenizer_of(kind)
+        assert decoded(build_canvas(tokenizer, text), tokenizer).removeprefix(" ") == GIVEN[text].removeprefix(" ")
+    assert not caplog.records
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(parts=st.lists(st.text(" \tab.\n(“é", max_size=4), min_size=2, max_size=4))
+def test_white_space_is_given_or_a_border_whatever_stands_beside_the_mark(parts):
+    tokenizer = tokenizer_of("byte_level")
+    try:
+        canvas = build_canvas(tokenizer, "_____".join(parts), gap="_____")
+    except ValueError as error:
+        assert "touch" in str(error)
+        return
+    # no character but a space is lost, and no more than one space on each side of a mark
+    back, typed = decoded(canvas, tokenizer), "".join(parts)
+    assert back.replace(" ", "") == typed.replace(" ", "")
+    assert 0 <= typed.count(" ") - back.count(" ") <= 2 * (len(parts) - 1)
+
+
+def test_the_border_after_indentation_bars_pieces_without_a_space():
+    canvas = build_canvas(tokenizer_of("byte_level"), "def f():\n    ___\n    return x")
+    assert torch.equal(canvas["word_end_mask"], canvas["slot_mask"])
+    # control: behind a tab, or at the start of a line, a word may stand right away
+    assert not build_canvas(tokenizer_of("byte_level"), ["a\t___", "a\n___"])["word_end_mask"].any()
+
+
+def normalising():
+    tokenizer = byte_level(False)
+    replace = [normalizers.Replace(old, new) for old, new in ("’'", '“"', '”"')]
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *replace])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        (dict(text=["a ___", "O’Neil ___"]), "row 1: 'O’Neil' becomes \"O'Neil\""),
+        (dict(text="The ___ “hi”"), "row 0: 'The “hi”' becomes 'The \"hi\"'"),
+        (dict(text="cafe\u0301 ___"), "row 0: 'cafe\u0301' becomes 'café'"),
+        (dict(keywords=["fox", "O’Neil"]), "row 0: 'fox O’Neil' becomes \"fox O'Neil\""),
+    ],
+)
+def test_given_text_that_the_tokenizer_changes_is_named_in_a_warning(fields, named, caplog):
+    build_canvas(normalising(), **fields)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and record.getMessage().endswith(named)
+    caplog.clear()
+    # control: the tokenizer that changes nothing says nothing
+    build_canvas(byte_level(False), **fields)
+    assert not caplog.records
 
 
 def test_words_that_the_tokenizer_cannot_write_are_refused():
@@ -350,7 +462,10 @@ IDS_ERRORS = {
     "empty canvas: row 0": dict(attention_mask=torch.tensor([[0, 0, 0], [1, 1, 1]])),
     "attention_mask must have shape": dict(attention_mask=torch.ones(2, 2)),
     "slot_mask must have shape": dict(slot_mask=torch.ones(2, 4)),
-    "min_gap_tokens must have shape": dict(min_gap_tokens=torch.ones(1, 1)),
+    "min_gap_tokens must have shape": dict(min_gap_tokens=torch.ones(1, 1, dtype=torch.long)),
+    "min_gap_tokens must be integers, got 1.5": dict(min_gap_tokens=1.5),
+    "max_gap_tokens must be integers, got True": dict(max_gap_tokens=True),
+    "max_gap_tokens must be integers, got tensor": dict(max_gap_tokens=torch.ones(2, 1)),
     "input_ids must be a tensor": dict(input_ids=[[1, 2]]),
     "empty canvas": dict(input_ids=torch.zeros(2, 0, dtype=torch.long)),
 }
