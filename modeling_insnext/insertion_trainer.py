@@ -2,8 +2,11 @@
 
 import copy
 
-import torch
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
+from transformers.trainer_utils import has_length
+
+from .data import Passes
+from .trainers import TokenMeanTrainer, add_sums
 
 
 class _RedrawEveryEpoch(TrainerCallback):
@@ -16,16 +19,20 @@ class _RedrawEveryEpoch(TrainerCallback):
         self.collator.set_epoch(int(state.epoch or 0))
 
 
-class InsertionTrainer(Trainer):
+class InsertionTrainer(TokenMeanTrainer):
     """`Trainer` for :class:`InsNextForInsertionLM` and batches of :class:`InsertionCollator`.
 
-    Everything else is `Trainer`'s. Its logs gain `position_loss` and `token_loss`, in nats per inserted token, means
-    over the logging interval; evaluation gains `eval_position_loss` and `eval_token_loss`, means over the tokens of
-    the evaluation set (`eval_loss` is `Trainer`'s: a mean over batches).
+    Its logs gain `position_loss` and `token_loss`, in nats per inserted token, means over the logging interval;
+    evaluation gains `eval_position_loss` and `eval_token_loss`, means over the tokens of the evaluation set, and
+    `eval_loss` is their sum: whatever the batches, and each step weighing 1. The training loss weighs steps as the
+    collator says. Training stops where the loss is no number, see :class:`FiniteTrainer`.
 
     A collator with `set_epoch` is told the epoch; evaluation and prediction draw what that collator drew for epoch 0,
     so that their losses can be compared from epoch to epoch. Such a collator reads columns that are no argument of the
     model (`given`, `complete`, `keywords`) and passes over the rest, so `remove_unused_columns` is switched off.
+
+    Training data without a length is read as one stream without end, see :class:`Passes`: it has no epochs, but other
+    orders are drawn in each of its passes.
 
     Args:
         *args: Of `Trainer`.
@@ -34,7 +41,8 @@ class InsertionTrainer(Trainer):
         **kwargs: Of `Trainer`.
 
     Raises:
-        ValueError: If `label_smoothing_factor` is set: the loss has no dense target to smooth.
+        ValueError: If `label_smoothing_factor` is set: the loss has no dense target to smooth. If something is to be
+            done every epoch and the training data has no length.
     """
 
     def __init__(self, *args, eval_data_collator=None, **kwargs):
@@ -43,7 +51,7 @@ class InsertionTrainer(Trainer):
             raise ValueError(
                 f"label_smoothing_factor must be 0, got {self.args.label_smoothing_factor}: there is no dense target"
             )
-        self._sums = {True: torch.zeros(3), False: torch.zeros(3)}
+        self._training_sums = {}
         self._fixed_collator = self.data_collator if eval_data_collator is None else eval_data_collator
         if hasattr(self._fixed_collator, "set_epoch"):
             self._fixed_collator = copy.deepcopy(self._fixed_collator)
@@ -51,6 +59,15 @@ class InsertionTrainer(Trainer):
         if hasattr(self.data_collator, "set_epoch"):
             self.add_callback(_RedrawEveryEpoch(self.data_collator))
             self.args.remove_unused_columns = False
+            if self.train_dataset is not None and not has_length(self.train_dataset):
+                self._refuse_epochs()
+                self.train_dataset = Passes(self.train_dataset)
+
+    def _refuse_epochs(self) -> None:
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            value = getattr(self.args, name)
+            if value == "epoch":
+                raise ValueError(f"{name} must be no or steps where the data has no length, got {value}")
 
     def get_eval_dataloader(self, *args, **kwargs):
         return self._with_fixed_draws(super().get_eval_dataloader, *args, **kwargs)
@@ -66,30 +83,26 @@ class InsertionTrainer(Trainer):
         finally:
             self.data_collator = training_collator
 
+    def token_sums(self, loss, outputs, inputs):
+        if outputs.get("position_loss") is None:
+            return super().token_sums(loss, outputs, inputs)
+        tokens = (inputs["labels"] != -100).sum()
+        # a batch that writes nothing, and only stops, has its sum as its mean
+        parts = {name: outputs[name].mean() * tokens.clamp_min(1) for name in ("position_loss", "token_loss")}
+        # whatever its steps weigh in training
+        return {"loss": sum(parts.values()), **parts, "tokens": tokens}
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if outputs.get("position_loss") is not None:
-            count = (inputs["labels"] != -100).sum()
-            parts = torch.stack([outputs["position_loss"] * count, outputs["token_loss"] * count, count.float()])
-            self._sums[model.training] = self._sums[model.training].to(parts.device) + parts.detach()
+        if model.training and outputs.get("position_loss") is not None:
+            sums = self.token_sums(loss, outputs, inputs)
+            add_sums(self._training_sums, {name: sums[name] for name in sums if name != "loss"})
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            logs.update(self._taken_means(training=True))
+            logs.update(self.means(self._training_sums))
         super().log(logs, *args, **kwargs)
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._sums[False].zero_()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        output.metrics.update(self._taken_means(training=False, prefix=metric_key_prefix + "_"))
-        return output
-
-    def _taken_means(self, training, prefix=""):
-        """Return the means of what was summed since the last call, over all processes."""
-        position, token, count = self.accelerator.reduce(self._sums[training].to(self.args.device)).tolist()
-        self._sums[training].zero_()
-        return {prefix + "position_loss": position / count, prefix + "token_loss": token / count} if count else {}
 
 
 __all__ = ["InsertionTrainer"]

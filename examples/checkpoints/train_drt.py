@@ -26,10 +26,11 @@ import torch
 from copying_init import start_from_copying
 from small_checkpoint import train_small_checkpoint
 from torch.utils.data import Dataset, IterableDataset
-from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, HfArgumentParser, TrainingArguments, set_seed
 
 from modeling_insnext import DrtConfig, DrtForCausalLM
 from modeling_insnext.tasks.needles import NeedleTask, draw_needles
+from modeling_insnext.trainers import TokenMeanTrainer
 
 
 @dataclass
@@ -213,7 +214,7 @@ def main():
     print(f"{model.num_parameters():,} parameters, {training.train_batch_size * args.length:,} tokens a step")
     kinds = ["books", *json.loads(args.needles)]
     batch_size = training.train_batch_size * training.gradient_accumulation_steps
-    trainer = Trainer(
+    trainer = TokenMeanTrainer(
         model=model,
         args=training,
         train_dataset=BooksAndNeedles(args, tokenizer, batch_size, training.seed),

@@ -27,11 +27,12 @@ from common.arguments import AdapterArguments, DataArguments, ModelArguments, pa
 from common.data import check_texts, load_splits, mapped, split_of, wanted_examples, without_eos
 from common.models import add_adapter, load_config, load_model, load_tokenizer
 from common.training import note_arguments, start, train_and_evaluate, write_lines
-from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, Trainer, TrainingArguments
+from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding, TrainingArguments
 from transformers.utils import CONFIG_NAME, cached_file
 
 from modeling_insnext.runs import write_atomically
 from modeling_insnext.tasks import wilson_interval
+from modeling_insnext.trainers import FiniteTrainer
 
 
 CLASS_NAMES = "id2label.json"
@@ -52,8 +53,8 @@ class ClassificationArguments:
             raise ValueError(f"max_length must be at least 1, got {self.max_length}")
 
 
-class ClassificationTrainer(Trainer):
-    """`Trainer` that writes the names of the classes beside an adapter: PEFT has no place for them."""
+class ClassificationTrainer(FiniteTrainer):
+    """`FiniteTrainer` that writes the names of the classes beside an adapter: PEFT has no place for them."""
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)

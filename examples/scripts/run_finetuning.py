@@ -46,11 +46,12 @@ from common.data import insertion_collator, load_splits, split_of, wanted_exampl
 from common.models import add_adapter, load_config, load_model, load_tokenizer
 from common.training import note_arguments, start, train_and_evaluate, write_lines
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments
 
 from modeling_insnext import Canvas, build_canvas
 from modeling_insnext.data import keyword_spans
 from modeling_insnext.insertion_trainer import InsertionTrainer
+from modeling_insnext.trainers import TokenMeanTrainer
 
 
 logger = logging.getLogger(__name__)
@@ -233,29 +234,6 @@ def completion_examples(args: FinetuningArguments, tokenizer, insnext: bool):
     return make
 
 
-class CompletionTrainer(Trainer):
-    """`Trainer` whose `eval_loss` is a mean over the target tokens of the data, not over batches."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self._sums = torch.zeros(2, dtype=torch.float64)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        count = (inputs["labels"][:, 1:] != -100).sum()
-        loss, outputs = super().compute_loss(model, inputs, True)
-        self._sums += torch.stack([loss.detach() * count, count.float()]).cpu()
-        return (loss, outputs) if return_outputs else loss
-
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._sums.zero_()
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nats, count = self.accelerator.reduce(self._sums.float().to(self.args.device)).tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = nats / count
-        return output
-
-
 def make_examples(args: FinetuningArguments, tokenizer, insnext: bool):
     """Return the function that makes training examples of a batch of rows."""
     if args.task == "completion":
@@ -338,7 +316,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     else:
         collators = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
     model = add_adapter(load_model(AutoModelForCausalLM, model_args, config), adapter, "CAUSAL_LM")
-    trainer_class = InsertionTrainer if insnext else CompletionTrainer
+    trainer_class = InsertionTrainer if insnext else TokenMeanTrainer
     trainer = trainer_class(model, training, processing_class=tokenizer, **collators, **rows)
     metrics = train_and_evaluate(trainer, perplexity=not insnext)
     if tests is not None:

@@ -18,7 +18,9 @@ from common.data import load_splits, split_of, wanted_examples
 from common.models import add_adapter, load_config, load_model, load_tokenizer
 from common.training import note_arguments, start, train_and_evaluate
 from run_classification import measure
-from transformers import AutoModelForMultipleChoice, Trainer, TrainingArguments
+from transformers import AutoModelForMultipleChoice, TrainingArguments
+
+from modeling_insnext.trainers import FiniteTrainer
 
 
 @dataclass
@@ -89,7 +91,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     rows = wanted_examples(splits, choice.columns, make, data, training)
     note_arguments(training, model_args, data, choice, adapter)
     model = add_adapter(load_model(AutoModelForMultipleChoice, model_args, config), adapter, None, ["score"])
-    trainer = Trainer(
+    trainer = FiniteTrainer(
         model=model,
         args=training,
         data_collator=ChoiceCollator(tokenizer),

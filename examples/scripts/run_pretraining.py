@@ -27,10 +27,11 @@ from common.arguments import DataArguments, InsertionArguments, ModelArguments, 
 from common.data import body, check_texts, insertion_collator, load_splits, wanted_examples
 from common.models import load_config, load_model, load_tokenizer
 from common.training import note_arguments, start, train_and_evaluate
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator
+from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator
 
 from modeling_insnext.data import split_sentences
 from modeling_insnext.insertion_trainer import InsertionTrainer
+from modeling_insnext.trainers import TokenMeanTrainer
 
 
 STAGES = ("sentences", "documents")
@@ -146,7 +147,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         ]
         trainer = InsertionTrainer(model, data_collator=collators[0], eval_data_collator=collators[-1], **options)
     else:
-        trainer = Trainer(model, data_collator=default_data_collator, **options)
+        trainer = TokenMeanTrainer(model, data_collator=default_data_collator, **options)
     return train_and_evaluate(trainer, perplexity=config.model_type == "drt")
 
 

@@ -36,11 +36,11 @@ from accelerate import PartialState
 from common.arguments import ChoiceArguments, ModelArguments, check_choice, data_format, parse
 from common.data import check_texts, split_of, without_eos
 from common.models import load_config, load_model, load_tokenizer
-from common.training import finite, perplexity_of
+from common.training import perplexity_of
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM
 
-from modeling_insnext.runs import write_atomically
+from modeling_insnext.runs import finite, write_atomically
 from modeling_insnext.tasks import wilson_interval
 
 

@@ -4,6 +4,7 @@ from .collators import InsertionCollator, first_fit
 from .contexts import ContextMixture
 from .keywords import inflections, keyword_spans
 from .orders import ORDERS, Order, OrderMixture, TargetKind, gap_indices, get_mixture, get_order
+from .passes import Passes
 from .sentences import split_sentences
 from .text_file import load_texts, save_texts
 from .units import UnitText, cut_text, rarity_table, sentence_end_table, word_start_table
@@ -15,6 +16,7 @@ __all__ = [
     "InsertionCollator",
     "Order",
     "OrderMixture",
+    "Passes",
     "TargetKind",
     "UnitText",
     "cut_text",

@@ -33,9 +33,9 @@ class InsertionCollator:
     """Make the batch of `InsNextForInsertionLM.forward` from tokenized texts.
 
     A feature is a mapping with `input_ids` (`[T]` integers; BOS first) and, optional, `given` (`[T]` bool: tokens the
-    caller supplies), `complete` (bool, default True; False for a document cut at its end: STOP is not supervised) and
-    `keywords` (`[T]` bool: tokens of keywords). Other keys are ignored, so `Trainer` needs
-    `remove_unused_columns=False` where the optional ones are used.
+    caller supplies), `complete` (bool, default True; False for a document cut at its end: STOP is not supervised),
+    `keywords` (`[T]` bool: tokens of keywords) and `pass_number` (integer, added to the epoch; see `Passes`). Other
+    keys are ignored, so `Trainer` needs `remove_unused_columns=False` where the optional ones are used.
 
     What is drawn for a text depends on `seed`, the epoch, its tokens and how often the same text came before in the
     same call, and on nothing else: not on the worker, the batch, or what was collated before. `Trainer` resumes by
@@ -122,9 +122,10 @@ class InsertionCollator:
             raise ValueError("a batch needs at least one text, got 0 features")
         texts = [self._read(feature) for feature in features]
         seen, pieces = Counter(), []
-        for text, complete in texts:
+        for (text, complete), feature in zip(texts, features, strict=True):
             digest = hashlib.blake2b(text.tokens.tobytes(), digest_size=16).digest()
-            rng = np.random.default_rng([self.seed, self.epoch, seen[digest], int.from_bytes(digest, "little")])
+            epoch = self.epoch + int(feature.get("pass_number", 0))
+            rng = np.random.default_rng([self.seed, epoch, seen[digest], int.from_bytes(digest, "little")])
             seen[digest] += 1
             pieces.append(self._lay_out(text, complete, rng))
         return self._stack(pieces)

@@ -12,6 +12,7 @@ from script_models import CLASSES, SHAPES, tiny_model, tiny_tokenizer
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from modeling_insnext import InsNextConfig
+from modeling_insnext.trainers import TokenMeanTrainer
 
 
 ROWS = {
@@ -59,7 +60,7 @@ def test_the_evaluation_loss_is_per_token_whatever_the_batches(tmp_path):
             str(tmp_path), per_device_eval_batch_size=size, use_cpu=True, report_to=[], disable_tqdm=True
         )
         collator = DataCollatorForSeq2Seq(tokenizer)
-        trainer = run_finetuning.CompletionTrainer(model, training, data_collator=collator, eval_dataset=rows)
+        trainer = TokenMeanTrainer(model, training, data_collator=collator, eval_dataset=rows)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(nats / count, rel=1e-5)
 
 

@@ -10,7 +10,7 @@ import datasets
 import transformers
 from transformers import set_seed
 
-from modeling_insnext.runs import checkpoint_to_resume, train_on, write_atomically
+from modeling_insnext.runs import checkpoint_to_resume, finite, train_on, write_atomically
 
 
 STAMP = "script_arguments.json"
@@ -76,8 +76,8 @@ def train_and_evaluate(trainer, perplexity: bool = False) -> dict[str, float]:
         metrics = trainer.evaluate()
         if perplexity:
             metrics["eval_perplexity"] = perplexity_of(metrics["eval_loss"])
-        metrics = finite(metrics)
         trainer.log_metrics("eval", metrics)
+        metrics = finite(metrics)
         trainer.save_metrics("eval", metrics)
     if training.push_to_hub:
         trainer.push_to_hub()
@@ -87,15 +87,6 @@ def train_and_evaluate(trainer, perplexity: bool = False) -> dict[str, float]:
 def perplexity_of(nats_per_token: float) -> float:
     """Return the exponential, infinity where it is beyond all floats."""
     return math.exp(nats_per_token) if nats_per_token < 709 else math.inf
-
-
-def finite(value):
-    """Return a value in which None stands for NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {name: finite(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
