@@ -38,24 +38,29 @@ def title(text: str) -> None:
     print(f"\n=== {text}")
 
 
+def read(tokenizer, ids) -> str:
+    """Return the text without the space with which the tokenizer begins every text."""
+    return tokenizer.decode(ids, skip_special_tokens=True).removeprefix(" ")
+
+
 def write_around_keywords(model, tokenizer) -> None:
     title("Text around keywords: every given word survives, in order, whole")
     for keywords in (["dog", "ball", "park"], ["old man", "sea"], ["girl", "cake", "mother"]):
         out = model.generate(**model.canvas(tokenizer, keywords=keywords), max_new_tokens=30)
-        print(f"{keywords!s:32} {tokenizer.decode(out[0], skip_special_tokens=True)}")
+        print(f"{keywords!s:32} {read(tokenizer, out[0])}")
     title("The same, sampled: three texts, each row with a seed of its own")
     canvas = model.canvas(tokenizer, keywords=["boy", "river"])
     out = model.generate(
         **canvas, max_new_tokens=30, do_sample=True, top_p=0.9, temperature=0.8, num_return_sequences=3, seed=1
     )
-    print(*(f"- {text}" for text in tokenizer.batch_decode(out, skip_special_tokens=True)), sep="\n")
+    print(*(f"- {read(tokenizer, ids)}" for ids in out), sep="\n")
 
 
 def fill_gaps(model, tokenizer) -> None:
     title("Gaps: text is written at the marks only; ___{2,5} bounds the number of tokens")
     for text in ("The ___ man went to the ___ .", "A dog ___{2,5} in the ___{1,3} ."):
         out = model.generate(**model.canvas(tokenizer, text), max_new_tokens=20, num_beams=4)
-        print(f"{text:40} {tokenizer.decode(out[0], skip_special_tokens=True)}")
+        print(f"{text:40} {read(tokenizer, out[0])}")
 
 
 def show_ebr(model, tokenizer) -> None:
@@ -69,7 +74,7 @@ def show_ebr(model, tokenizer) -> None:
         start = time.perf_counter()
         out = model.generate(**canvas, max_new_tokens=40, return_dict_in_generate=True, **options)
         seconds, written = time.perf_counter() - start, int((out.insertion_steps > 0).sum())
-        text = tokenizer.decode(out.sequences[0], skip_special_tokens=True)
+        text = read(tokenizer, out.sequences[0])
         print(
             f"{name:20} {int(out.encoded_tokens[0]):4} tokens encoded for {written} written, {seconds:.2f} s: {text}"
         )
@@ -151,8 +156,8 @@ def publish_and_reload(model, tokenizer, folder: Path) -> None:
         [sys.executable, "-c", RELOAD, str(folder / "tuned")], capture_output=True, text=True, check=True, cwd=folder
     ).stdout
     there = [int(token) for token in output.splitlines()[-1].split()]
-    print(f"Here:  {tokenizer.decode(here, skip_special_tokens=True)}")
-    print(f"There: {tokenizer.decode(there, skip_special_tokens=True)}")
+    print(f"Here:  {read(tokenizer, here)}")
+    print(f"There: {read(tokenizer, there)}")
     if here != there:
         raise SystemExit(f"the reloaded model wrote other tokens: {here} here, {there} there")
     print("The same tokens.")

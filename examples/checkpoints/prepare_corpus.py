@@ -176,8 +176,8 @@ def read_books(path: Path, length, seed: int) -> list[tuple]:
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer in which a word begins with the same piece wherever it stands.
 
-    A text gets one space in front, which decoding takes off again. Digits and punctuation marks stand alone, except
-    `...`, `--` and the endings 's, 't, 're, 've, 'm, 'll, 'd.
+    A text gets one space in front, and decoding keeps it: what a token is decoded to never depends on its place.
+    Digits and punctuation marks stand alone, except `...`, `--` and the endings 's, 't, 're, 've, 'm, 'll, 'd.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     quotes = [normalizers.Replace(curly, straight) for curly, straight in QUOTES.items()]
@@ -185,7 +185,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     alone = Regex(r"Ġ?(?:[0-9]|\.\.\.|--|[!-/:-@\[-`{-~](?!\p{L}))")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, pre_tokenizers.Split(alone, "isolated")])
-    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL_TOKENS,

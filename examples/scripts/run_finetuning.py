@@ -265,7 +265,8 @@ def predict(args: FinetuningArguments, model, tokenizer, rows, training) -> list
             written += completions(model, tokenizer, given, options)
             continue
         out = model.generate(**model.canvas(tokenizer, **given_of(args, given)).to(model.device), **options)
-        written += tokenizer.batch_decode(out, skip_special_tokens=True)
+        # a word begins with its space, the first of a text too
+        written += [text.removeprefix(" ") for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
     return [{**row, "prediction": text} for row, text in zip(rows, written, strict=True)]
 
 

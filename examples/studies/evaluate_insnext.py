@@ -102,7 +102,7 @@ def write_texts(
         concepts = [row["concepts"] for row in rows[first : first + batch_size]]
         canvas = model.canvas(tokenizer, keywords=concepts, ordered=ordered).to(model.device)
         out = model.generate(**canvas, max_new_tokens=40, return_dict_in_generate=True, **options)
-        texts += tokenizer.batch_decode(out.sequences, skip_special_tokens=True)
+        texts += [text.strip() for text in tokenizer.batch_decode(out.sequences, skip_special_tokens=True)]
         encoded += int(out.encoded_tokens.sum())
         written += int((out.insertion_steps > 0).sum())
     return texts, encoded / written
