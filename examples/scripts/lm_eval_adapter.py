@@ -1,4 +1,4 @@
-"""InsNeXt and DRT in the LM Evaluation Harness (`pip install lm-eval`): its command line with two more models.
+r"""InsNeXt and DRT in the LM Evaluation Harness (`pip install lm-eval`): its command line with two more models.
 
     python examples/scripts/lm_eval_adapter.py --model insnext \
         --model_args pretrained=examples/checkpoints/insnext-mini \

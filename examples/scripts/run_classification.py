@@ -1,4 +1,4 @@
-"""Classify sentences or pairs of sentences, as in GLUE, with InsNeXt or DRT, whole or through LoRA.
+r"""Classify sentences or pairs of sentences, as in GLUE, with InsNeXt or DRT, whole or through LoRA.
 
     python examples/scripts/run_classification.py --model_name_or_path examples/checkpoints/insnext-mini \
         --train_file nlu/sst2_train.jsonl.gz --validation_file nlu/sst2_dev.jsonl --text_columns sentence \
@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ClassificationArguments:
+    _argument_group_name = "classification"
+
     text_columns: list[str] = field(default_factory=lambda: ["sentence"], metadata={"help": "One column or two."})
     label_column: str = field(default="label", metadata={"help": "Integers or names of classes."})
     max_length: int = field(default=256, metadata={"help": "Tokens of a text; what is longer is cut."})

@@ -1,4 +1,4 @@
-"""Fine-tune with LoRA, DoRA or whole: writing around keywords, filling gaps, or going on behind a prompt.
+r"""Fine-tune with LoRA, DoRA or whole: writing around keywords, filling gaps, or going on behind a prompt.
 
     python examples/scripts/run_finetuning.py --task keywords --text_column references --keywords_column concepts \
         --model_name_or_path examples/checkpoints/insnext-mini --adapter lora --learning_rate 3e-3 \
@@ -28,6 +28,7 @@ alone: `AutoPeftModelForCausalLM.from_pretrained(output_dir)` loads it with its 
 goes on from the last complete checkpoint.
 """
 
+import json
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,9 +62,17 @@ REENCODED = {"reencode": 0.6, "windowed": 0.1}
 
 @dataclass
 class FinetuningArguments:
+    _argument_group_name = "fine-tuning"
+
     task: str = field(metadata={"help": "keywords, infilling or completion."})
     text_column: str | None = field(default=None, metadata={"help": "keywords, infilling: texts; by default text."})
-    keywords_column: str | None = field(default=None, metadata={"help": "keywords: lists of words."})
+    keywords_column: str | None = field(
+        default=None, metadata={"help": "keywords: lists of words, or texts that hold one, JSON or separated."}
+    )
+    keywords_separator: str | None = field(
+        default=None,
+        metadata={"help": "What stands between keywords in a text of csv; by default it is JSON."},
+    )
     prompt_column: str | None = field(default=None, metadata={"help": "completion: prompts; by default prompt."})
     completion_column: str | None = field(default=None, metadata={"help": "completion: by default completion."})
     max_length: int = field(default=512, metadata={"help": "Tokens of a text; what is longer is cut."})
@@ -82,6 +91,11 @@ class FinetuningArguments:
             setattr(self, name, getattr(self, name) or columns[self.task].get(name))
         if self.max_length < 2:
             raise ValueError(f"max_length must be at least 2, got {self.max_length}")
+        if self.keywords_separator is not None and (self.keywords_column is None or not self.keywords_separator):
+            raise ValueError(
+                "keywords_separator must be a mark and needs keywords_column, got "
+                f"{self.keywords_separator!r} and {self.keywords_column!r}"
+            )
         json_object("generation", self.generation)
 
     @property
@@ -94,6 +108,27 @@ class FinetuningArguments:
     def test_columns(self) -> list[str]:
         read = {"keywords": self.keywords_column, "infilling": self.text_column, "completion": self.prompt_column}
         return [read[self.task]]
+
+    def words_of(self, value) -> list[str]:
+        """Return the keywords of a row: a list as it is, of a text what it holds.
+
+        Raises:
+            ValueError: If the text holds no list of texts.
+        """
+        if not isinstance(value, str):
+            return value
+        if self.keywords_separator is not None:
+            return [word.strip() for word in value.split(self.keywords_separator)]
+        try:
+            words = json.loads(value)
+        except json.JSONDecodeError:
+            words = None
+        if not are_texts(words):
+            raise ValueError(
+                f"{self.keywords_column} must be a list of words and phrases, a JSON list of them, or separated by "
+                f"keywords_separator, got {value!r}"
+            )
+        return words
 
     @property
     def contexts(self) -> dict:
@@ -157,6 +192,22 @@ def check_tests(args: FinetuningArguments, tokenizer, config, tests) -> None:
                 canvas.validate(config.vocab_size, room, config.max_position_embeddings)
         except ValueError as error:
             raise ValueError(f"row {number} of the test data: {error}") from error
+
+
+def with_lists(args: FinetuningArguments, splits):
+    """Return the splits with keywords as lists, where they stood in texts."""
+    for split, rows in splits.items():
+        column = args.keywords_column
+        if column is None or getattr(rows.features.get(column), "dtype", None) not in ("string", "large_string"):
+            continue
+        words = []
+        for number, value in enumerate(rows[column]):
+            try:
+                words.append(None if value is None else args.words_of(value))
+            except ValueError as error:
+                raise ValueError(f"{error} in row {number} of the {split} data") from None
+        splits[split] = rows.remove_columns(column).add_column(column, words)
+    return splits
 
 
 def report_losses(rows: dict, splits, args: FinetuningArguments) -> None:
@@ -254,20 +305,43 @@ def make_collators(args: FinetuningArguments, insertion: InsertionArguments, tok
 
 
 @torch.no_grad()
+def write(args: FinetuningArguments, model, tokenizer, given, options: dict) -> list[str]:
+    """Return what the model writes for values of the column of test data."""
+    model.eval()
+    if args.task == "completion":
+        return completions(model, tokenizer, given, options)
+    out = model.generate(**model.canvas(tokenizer, **given_of(args, given)).to(model.device), **options)
+    # a word begins with its space, the first of a text too
+    return [text.removeprefix(" ") for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+
+
 def predict(args: FinetuningArguments, model, tokenizer, rows, training) -> list[dict]:
     """Return the rows, each with what the model wrote for it."""
-    model.eval()
     options, size = json_object("generation", args.generation), training.per_device_eval_batch_size
     written, column = [], rows[args.test_columns[0]]
     for first in tqdm(range(0, len(rows), size), desc="Predicting", disable=training.disable_tqdm):
-        given = column[first : first + size]
-        if args.task == "completion":
-            written += completions(model, tokenizer, given, options)
-            continue
-        out = model.generate(**model.canvas(tokenizer, **given_of(args, given)).to(model.device), **options)
-        # a word begins with its space, the first of a text too
-        written += [text.removeprefix(" ") for text in tokenizer.batch_decode(out, skip_special_tokens=True)]
+        written += write(args, model, tokenizer, column[first : first + size], options)
     return [{**row, "prediction": text} for row, text in zip(rows, written, strict=True)]
+
+
+def check_generation(args: FinetuningArguments, model, tokenizer, tests) -> None:
+    """Write one token for the first row, so that options which cannot be served are refused before any training.
+
+    Raises:
+        ValueError: If `generate` refuses them.
+    """
+
+    def stop(input_ids, scores, **kwargs):
+        return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    options = {**json_object("generation", args.generation), "stopping_criteria": [stop]}
+    given = tests[args.test_columns[0]][:1]
+    try:
+        # what training draws is none of this
+        with torch.random.fork_rng(devices=[]):
+            write(args, model, tokenizer, given, options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"generation must hold options of generate, got {args.generation}: {error}") from error
 
 
 def given_of(args: FinetuningArguments, values) -> dict:
@@ -301,7 +375,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     config = load_config(model_args, tokenizer)
     check(finetuning, insertion, training, config.model_type)
     start(training)
-    splits = load_splits(data, model_args)
+    splits = with_lists(finetuning, load_splits(data, model_args))
     for split, wanted in (("train", training.do_train), ("validation", training.do_eval)):
         if wanted:
             check_rows(finetuning, split_of(splits, split, finetuning.columns), split, finetuning.columns)
@@ -317,6 +391,8 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     else:
         collators = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
     model = add_adapter(load_model(AutoModelForCausalLM, model_args, config), adapter, "CAUSAL_LM")
+    if tests is not None:
+        check_generation(finetuning, model, tokenizer, tests)
     trainer_class = InsertionTrainer if insnext else TokenMeanTrainer
     trainer = trainer_class(model, training, processing_class=tokenizer, **collators, **rows)
     metrics = train_and_evaluate(trainer, perplexity=not insnext)

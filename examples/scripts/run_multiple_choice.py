@@ -1,4 +1,4 @@
-"""Fine-tune InsNeXt to choose one of several answers, each read together with the question as one text.
+r"""Fine-tune InsNeXt to choose one of several answers, each read together with the question as one text.
 
     python examples/scripts/run_multiple_choice.py --model_name_or_path examples/checkpoints/insnext-mini \
         --train_file mcqa/openbookqa_train.jsonl --validation_file mcqa/openbookqa_dev.jsonl \
@@ -25,6 +25,8 @@ from modeling_insnext.trainers import FiniteTrainer
 
 @dataclass
 class MultipleChoiceArguments(ChoiceArguments):
+    _argument_group_name = "multiple choice"
+
     max_length: int = 256
 
     def __post_init__(self):

@@ -1,4 +1,4 @@
-"""Pre-train InsNeXt, sentences first and documents then, or DRT on whole texts.
+r"""Pre-train InsNeXt, sentences first and documents then, or DRT on whole texts.
 
     python examples/scripts/run_pretraining.py --model_type insnext --tokenizer_name TOKENIZER --stage sentences \
         --config_overrides '{"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8}' \
@@ -40,6 +40,8 @@ CONTEXTS = {"words": 0.25, "keywords": 0.35, "spans": 0.15, "prefix": 0.1, "reen
 
 @dataclass
 class PretrainingArguments:
+    _argument_group_name = "pre-training"
+
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     stage: str | None = field(default=None, metadata={"help": "InsNeXt: sentences or documents."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens a row."})

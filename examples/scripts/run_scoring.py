@@ -1,4 +1,4 @@
-"""Score a language model without training it: perplexity of texts, or multiple choice by likelihood.
+r"""Score a language model without training it: perplexity of texts, or multiple choice by likelihood.
 
     python examples/scripts/run_scoring.py --task perplexity --model_name_or_path examples/checkpoints/insnext-mini \
         --data_file lm/wikitext2_valid.txt.gz --output_dir runs/wikitext
@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from common.arguments import ChoiceArguments, ModelArguments, check_choice, data_format, parse
-from common.data import check_texts, split_of, without_eos
+from common.data import check_texts, read_file, split_of, without_eos
 from common.models import load_config, load_model, load_tokenizer
 from common.training import perplexity_of
 from tqdm.auto import tqdm
@@ -49,6 +49,8 @@ TASKS = ("perplexity", "multiple_choice")
 
 @dataclass
 class ScoringArguments(ChoiceArguments):
+    _argument_group_name = "scoring"
+
     task: str = field(default="perplexity", metadata={"help": "perplexity or multiple_choice."})
     output_dir: str = field(default="runs/scoring", metadata={"help": "Folder of scores.jsonl and results.json."})
     data_file: str | None = field(default=None, metadata={"help": "json, jsonl, csv or txt, .gz behind it or not."})
@@ -111,8 +113,7 @@ def load_rows(args: ScoringArguments, cache_dir: str | None):
     if args.dataset_name is not None:
         splits = datasets.load_dataset(args.dataset_name, args.dataset_config_name, cache_dir=cache_dir)
     else:
-        kind = data_format("data_file", args.data_file)
-        splits = datasets.load_dataset(kind, data_files={args.split: args.data_file}, cache_dir=cache_dir)
+        splits = datasets.DatasetDict({args.split: read_file("data_file", args.data_file, cache_dir)})
     columns = [args.text_column] if args.task == "perplexity" else args.columns
     rows = split_of(splits, args.split, columns)
     check_texts(splits, columns[:1])

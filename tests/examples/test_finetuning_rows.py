@@ -102,6 +102,33 @@ def test_training_texts_are_checked(texts):
     run_finetuning.check_rows(args, Dataset.from_dict({"text": ["", "a"]}), "train", ["text"])
 
 
+@pytest.mark.parametrize("task", ["keywords", "infilling", "completion"])
+@pytest.mark.parametrize("name", ["insnext", "drt"])
+def test_options_that_generate_refuses_are_refused_before_any_training(task, name):
+    if name == "drt" and task != "completion":
+        return
+    model, tokenizer = tiny_model(name), tiny_tokenizer()
+    values = {"keywords": ["dog"], "infilling": "a ___ cat", "completion": "the dog"}
+    columns = {"keywords_column": "words"} if task == "keywords" else {}
+
+    def check(generation):
+        args = run_finetuning.FinetuningArguments(task=task, generation=generation, **columns)
+        tests = Dataset.from_dict({args.test_columns[0]: [values[task]]})
+        run_finetuning.check_generation(args, model, tokenizer, tests)
+
+    before = torch.random.get_rng_state()
+    check('{"max_new_tokens": 5, "do_sample": true}')
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for wrong in (
+        '{"max_new_tokens": 5, "tempersture": 2}',
+        '{"max_new_tokens": 5, "do_sample": true, "temperature": -1}',
+    ):
+        with pytest.raises(
+            ValueError, match="generation must hold options of generate, got .*(tempersture|temperature)"
+        ):
+            check(wrong)
+
+
 def test_lines_hold_no_nan(tmp_path):
     write_lines(tmp_path / "a", [{"a": [float("nan"), 1.5], "b": {"c": float("inf")}, "d": torch.float32}])
     assert json.loads((tmp_path / "a").read_text()) == {"a": [None, 1.5], "b": {"c": None}, "d": "torch.float32"}

@@ -185,6 +185,37 @@ def test_a_file_of_arguments_means_what_flags_mean(suffix, home, tmp_path):
         arguments.parse(*classes, args=[str(path)])
 
 
+SCRIPTS = ("run_pretraining", "run_finetuning", "run_classification", "run_multiple_choice", "run_scoring")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_script_s_own_arguments_first_and_alone(script, capsys):
+    module, shown = importlib.import_module(script), {}
+    for flag in ("--help", "--help_all"):
+        with pytest.raises(SystemExit) as ended:
+            module.main([flag])
+        assert ended.value.code == 0
+        shown[flag] = capsys.readouterr().out
+    text = shown["--help"]
+    own = {"run_pretraining": "--stage", "run_finetuning": "--task", "run_classification": "--text_columns"}
+    first = own.get(script, "--query_column" if script == "run_multiple_choice" else "--data_file")
+    assert module.__doc__.split("\n")[0] in text and "\\\n" in text
+    assert text.index(f"{first} ") < text.index("--model_name_or_path MODEL")
+    assert "--warmup_steps" not in text and len(text) < 12_000
+    # control: all of them
+    assert ("--warmup_steps" in shown["--help_all"]) == (script != "run_scoring")
+
+
+def test_a_bare_no_in_yaml_is_the_word(home, tmp_path):
+    arguments, path = importlib.import_module("common.arguments"), tmp_path / "arguments.yaml"
+    path.write_text(f"output_dir: {tmp_path}\nsave_strategy: no\neval_strategy: no\nuse_cpu: true\ndo_train: yes\n")
+    (training,) = arguments.parse(TrainingArguments, args=[str(path)])
+    assert (training.save_strategy, training.eval_strategy) == ("no", "no")
+    assert training.use_cpu is True and training.do_train is True
+    # control: plain YAML 1.1 reads false, which no strategy is
+    assert yaml.safe_load(path.read_text())["save_strategy"] is False
+
+
 def test_a_text_that_spells_a_special_token_means_its_letters():
     tokenizer, text = tiny_tokenizer(), "the <pad> cat </s> sees"
     assert {0, 2} <= set(tokenizer(text)["input_ids"])

@@ -1,12 +1,14 @@
 """The arguments that the run_*.py scripts of this folder share, checked before any work."""
 
 import json
+import re
 import sys
+from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from modeling_insnext.data import ContextMixture, get_mixture
 
@@ -17,12 +19,46 @@ DTYPES = ("float32", "bfloat16", "float16")
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
+class Help(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    pass
+
+
+class CoreYaml(yaml.SafeLoader):
+    """YAML whose booleans are true and false alone, as in YAML 1.2: a bare `no` is the word that options know."""
+
+
+CoreYaml.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+CoreYaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
+
+
 def parse(*classes, args: list[str] | None = None) -> tuple:
-    """Return one object a class, from the command line; a .json or .yaml file in front gives what flags leave out."""
+    """Return one object a class, from the command line; a .json or .yaml file in front gives what flags leave out.
+
+    `--help` shows the arguments of the script, `--help_all` those of `TrainingArguments` too.
+    """
     args = sys.argv[1:] if args is None else args
+    if {"-h", "--help", "--help_all"} & set(args):
+        print_help(classes, everything="--help_all" in args)
+        raise SystemExit(0)
     if args and args[0].endswith((".json", ".yaml", ".yml")):
         args = [*flags_of(Path(args[0])), *args[1:]]
     return HfArgumentParser(classes).parse_args_into_dataclasses(args)
+
+
+def print_help(classes, everything: bool) -> None:
+    """Print what a script is for and its arguments, a group for each class; those of the script itself come first."""
+    ours = sorted((one for one in classes if one is not TrainingArguments), key=lambda one: one.__module__ == __name__)
+    epilog = None if everything else "All arguments of transformers.TrainingArguments too; --help_all shows them."
+    HfArgumentParser(
+        [*ours, *(TrainingArguments for _ in classes[len(ours) :] if everything)],
+        usage="%(prog)s [FILE.json | FILE.yaml] [--ARGUMENT VALUE ...]",
+        description=sys.modules[ours[0].__module__].__doc__,
+        epilog=epilog if len(classes) > len(ours) else None,
+        formatter_class=Help,
+    ).print_help()
 
 
 def flags_of(path: Path) -> list[str]:
@@ -34,7 +70,7 @@ def flags_of(path: Path) -> list[str]:
     if not path.is_file():
         raise ValueError(f"a file of arguments must be there, got {str(path)!r}")
     text = path.read_text(encoding="utf-8")
-    given = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    given = json.loads(text) if path.suffix == ".json" else yaml.load(text, CoreYaml)
     if not isinstance(given, dict):
         raise ValueError(f"a file of arguments must hold an object, got {type(given).__name__} in {str(path)!r}")
     flags = []
@@ -82,6 +118,8 @@ def check_choice(name: str, value: str, choices) -> None:
 
 @dataclass
 class ModelArguments:
+    _argument_group_name = "model"
+
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Checkpoint to start from, a folder or a Hub id; without it a new model."}
     )
@@ -117,6 +155,8 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
+    _argument_group_name = "data"
+
     train_file: str | None = field(default=None, metadata={"help": "json, jsonl, csv or txt, .gz behind it or not."})
     validation_file: str | None = field(default=None, metadata={"help": "Likewise, for --do_eval."})
     test_file: str | None = field(default=None, metadata={"help": "Likewise, for --do_predict."})
@@ -157,6 +197,8 @@ class DataArguments:
 
 @dataclass
 class AdapterArguments:
+    _argument_group_name = "adapter"
+
     adapter: str = field(default="none", metadata={"help": "none (train everything), lora or dora."})
     adapter_name_or_path: str | None = field(default=None, metadata={"help": "A saved adapter to go on with."})
     lora_r: int = field(default=16, metadata={"help": "Rank."})
@@ -182,6 +224,8 @@ class AdapterArguments:
 
 @dataclass
 class ChoiceArguments:
+    _argument_group_name = "choices"
+
     query_column: str = field(default="query", metadata={"help": "Questions."})
     choices_column: str = field(default="choices", metadata={"help": "Lists of answers."})
     gold_column: str = field(default="gold", metadata={"help": "Index of the right answer."})
@@ -225,6 +269,8 @@ class ChoiceArguments:
 @dataclass
 class InsertionArguments:
     """How texts become insertion sequences; InsNeXt only. `None` is the script's default."""
+
+    _argument_group_name = "insertion sequences, InsNeXt only"
 
     order: str | None = field(default=None, metadata={"help": "Name of an insertion order, or a JSON mixture."})
     contexts: str | None = field(default=None, metadata={"help": "Shares of ContextMixture, JSON."})

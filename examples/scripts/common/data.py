@@ -1,13 +1,24 @@
 """Rows of files and of the Hub, checked, and the insertion sequences made of them."""
 
+import csv
+import gzip
 import inspect
+import json
+import logging
+from collections.abc import Iterator
 
 import datasets
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Value
+from datasets.exceptions import DatasetGenerationError
 
 from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, sentence_end_table, word_start_table
 
 from .arguments import DataArguments, InsertionArguments, ModelArguments, data_format, json_object
+
+
+SCALARS = {str, int, float, bool}
+
+logger = logging.getLogger(__name__)
 
 
 def load_splits(data: DataArguments, model: ModelArguments) -> DatasetDict:
@@ -18,13 +29,67 @@ def load_splits(data: DataArguments, model: ModelArguments) -> DatasetDict:
         # each for itself, as their columns may differ
         splits = DatasetDict()
         for name, path in data.files.items():
-            kind = data_format(f"{name}_file", path)
-            splits[name] = datasets.load_dataset(kind, data_files=path, split="train", cache_dir=model.cache_dir)
+            splits[name] = read_file(f"{name}_file", path, model.cache_dir)
     limits = {"train": data.max_train_samples}
     for name, rows in splits.items():
         limit = limits.get(name, data.max_eval_samples)
         splits[name] = rows if limit is None else rows.select(range(min(limit, len(rows))))
     return splits
+
+
+def read_file(name: str, path: str, cache_dir: str | None) -> Dataset:
+    """Return the rows of a file; a column that holds texts in one row and numbers in another is read as texts.
+
+    In csv an empty cell has no value, and a cell that reads null, NA or None has that word.
+    """
+    kind = data_format(name, path)
+    options = {"keep_default_na": False, "na_values": [""]} if kind == "csv" else {}
+    options |= {"data_files": path, "split": "train", "cache_dir": cache_dir}
+    try:
+        rows = datasets.load_dataset(kind, **options)
+    except DatasetGenerationError:
+        if kind == "text":
+            raise
+        rows = None
+    # newer versions of `datasets` keep such a column of JSON as it is, older ones and csv end here
+    if rows is not None and not any(type(feature).__name__ == "Json" for feature in rows.features.values()):
+        return rows
+    columns = mixed_columns(path) if kind == "json" else next(csv.reader(lines_of(path)))
+    if not columns:
+        return datasets.load_dataset(kind, **options)
+    logger.warning("%s mixes texts and numbers in a column, which is read as texts: %s", name, path)
+    if kind == "csv":
+        return datasets.load_dataset(kind, features=Features(dict.fromkeys(columns, Value("string"))), **options)
+    return Dataset.from_list([with_texts(row, columns) for row in json_rows(path)])
+
+
+def lines_of(path: str) -> Iterator[str]:
+    """Yield the lines of a file, gzipped or not; a line ends at a newline and nowhere else."""
+    with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
+        yield from lines
+
+
+def json_rows(path: str) -> Iterator[dict]:
+    """Yield the rows of a file of JSON lines."""
+    for line in lines_of(path):
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError(f"a line of {path} must be a JSON object, got {line.strip()[:80]!r}")
+        yield row
+
+
+def mixed_columns(path: str) -> set[str]:
+    """Return the columns that hold texts in some rows and numbers in others, and nothing else."""
+    kinds: dict[str, set] = {}
+    for row in json_rows(path):
+        for column, value in row.items():
+            if value is not None:
+                kinds.setdefault(column, set()).add(type(value))
+    return {column for column, found in kinds.items() if str in found and found & {int, float} and found <= SCALARS}
+
+
+def with_texts(row: dict, columns: set[str]) -> dict:
+    return {name: str(value) if name in columns and value is not None else value for name, value in row.items()}
 
 
 def split_of(splits: DatasetDict, name: str, columns: list[str]) -> Dataset:
