@@ -7,10 +7,10 @@ r"""Score a language model without training it: perplexity of texts, or multiple
     python examples/scripts/run_scoring.py --task multiple_choice --blank _ --num_orders 16 \
         --model_name_or_path MODEL --data_file mcqa/winogrande_dev.jsonl --output_dir runs/winogrande
 
-Left to right every causal language model is scored alike; InsNeXt also by a lower bound over --num_orders sampled
-orders of insertion, for which everything but the answer is given, on both sides of a --blank. Long texts are read in
-windows of --max_length tokens, each --stride after the one before; a token is scored once, in the first window that
-holds it.
+Left to right every causal language model is scored alike; InsNeXt also by --num_orders drawn orders of insertion (a
+lower bound in expectation, exact where there are no more), for which everything but the answer is given, on both sides
+of a --blank. Long texts are read in windows of --max_length tokens, each --stride after the one before; a token is
+scored once, in the first window that holds it.
 
 Perplexity is reported per token, with nats per token and bits per byte of text; multiple choice as the share of rows
 whose right answer has the highest log-likelihood, as it is, per token and per byte of what was scored, with Wilson
@@ -151,7 +151,10 @@ def answers(args: ScoringArguments, tokenizer, rows) -> Iterator[Item]:
             parts += [([tokenizer.eos_token_id], False)] if args.score_end else []
             ids = [token for part, _ in parts for token in part]
             given = [fixed for part, fixed in parts for _ in part]
-            ids, given = ids[-args.max_length :], given[-args.max_length :]
+            # BOS stays in front of what is cut
+            kept = 1 if ids[0] == tokenizer.bos_token_id else 0
+            cut = max(len(ids) - args.max_length, 0) + kept
+            ids, given = ids[:kept] + ids[cut:], given[:kept] + given[cut:]
             if all(given[1:]):
                 raise ValueError(f"an answer must have at least one token to score, got {choice!r} in row {number}")
             scored = answer if behind_given else answer + after
@@ -177,12 +180,15 @@ def left_to_right(model, items: list[Item], pad: int) -> list[dict]:
 
 
 def by_orders(model, items: list[Item], args: ScoringArguments) -> list[dict]:
-    """Return the bound of each item over sampled orders, drawn from the seed and the item's place alone."""
+    """Return the score of each item over orders that are drawn from the seed and the item's place alone."""
     found = []
     for item in items:
         place = [args.seed, item.facts["row"], item.facts.get("choice", 0), item.given.index(False)]
         generator = torch.Generator().manual_seed(int(np.random.default_rng(place).integers(2**63)))
-        ids, given = (torch.tensor([values], device=model.device) for values in (item.ids, item.given))
+        # not every tokenizer puts BOS in front, and a text is written behind it
+        bos = [] if item.ids[0] == model.config.bos_token_id else [model.config.bos_token_id]
+        ids = torch.tensor([bos + item.ids], device=model.device)
+        given = torch.tensor([[True] * len(bos) + item.given], device=model.device)
         score = model.score(
             ids,
             context_mask=given,

@@ -104,7 +104,8 @@ class InsertionTrace:
 
         Args:
             width: Columns.
-            frames: Most texts to show; the first is the given text, the last the final one.
+            frames: Most texts to show; the first is the given text, the last the final one. If some are left out, the
+                picture says so.
             color: Write given words bold and new ones inverse, with ANSI codes.
 
         Raises:
@@ -124,6 +125,8 @@ class InsertionTrace:
             strikes = [index for index, at in enumerate(self.reencoded_at) if previous < at <= step]
             lines += [f"{'⟳':>{digits + 5}} {self._strike(index)}" for index in strikes]
             previous = step
+        if len(shown) <= last:
+            lines.append(f"{len(shown)} of {last + 1} texts shown")
         if self.encoded_tokens is not None:
             lines.append(f"{self.encoded_tokens} tokens encoded")
         marks = str.maketrans(COLOR_MARKS if color else PLAIN_MARKS)
@@ -147,6 +150,8 @@ class InsertionTrace:
     def save(self, path: str | os.PathLike) -> None:
         """Write the page, or the terminal picture if the name ends with .txt; a failure leaves the old file.
 
+        Folders that are missing are made.
+
         Args:
             path: File name ending with .html or .txt.
 
@@ -159,9 +164,9 @@ class InsertionTrace:
         if ending not in writers:
             raise ValueError(f"a trace is saved as .html or .txt, got {path!r}")
         content = writers[ending]()
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=os.path.dirname(path) or ".", prefix=".trace-", delete=False
-        ) as file:
+        folder = os.path.dirname(path) or "."
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=folder, prefix=".trace-", delete=False) as file:
             try:
                 file.write(content)
                 file.close()

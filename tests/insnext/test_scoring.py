@@ -8,6 +8,8 @@ import torch
 from helpers import difference, tiny_model
 
 import modeling_insnext.insnext.attention as attention
+import modeling_insnext.insnext.scoring as scoring
+from modeling_insnext.insnext.scoring import _draw_orders
 
 
 BUDGET = 1e-10
@@ -150,21 +152,58 @@ def test_left_to_right_scores_of_all_texts_sum_to_one():
     assert difference(total, torch.ones_like(total)) < BUDGET
 
 
-def test_sampled_orders_are_unbiased_in_probability_and_a_lower_bound_in_expectation(monkeypatch):
-    """The mean over every possible draw of K = 2 orders, in place of random ones."""
-    model, ids, draws = small_model(), torch.tensor([[1, 3, 5, 4]]), []
-    exact = model.score(ids, orders=orders_of(3))[0]
-    estimates = []
-    for pair in product(orders_of(3), repeat=2):
-        draws[:] = list(pair)
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "randperm", lambda m, **kwargs: draws.pop(0))
-            estimates.append(model.score(ids, num_orders=2)[0])
-    estimates = torch.stack(estimates)
+def estimates_over(draws, monkeypatch):
+    """Return the estimates of one text from each of these draws, in place of random ones."""
+    model, ids, values = small_model(), torch.tensor([[1, 3, 5, 4]]), []
+    for draw in draws:
+        monkeypatch.setattr(scoring, "_draw_orders", lambda *_, draw=draw: torch.stack(draw))
+        values.append(model.score(ids, num_orders=len(draw))[0])
+    return torch.stack(values)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_drawn_orders_are_unbiased_in_probability_and_a_lower_bound_in_expectation(count, monkeypatch):
+    """The mean over every possible draw of K of the 6 orders."""
+    exact = small_model().score(torch.tensor([[1, 3, 5, 4]]), orders=orders_of(3))[0]
+    estimates = estimates_over(combinations(orders_of(3), count), monkeypatch)
     assert difference(estimates.exp().mean(), exact.exp()) < BUDGET
-    assert estimates.mean() < exact
-    single = torch.stack([model.score(ids, orders=order[None])[0] + math.log(6) for order in orders_of(3)])
-    assert single.mean() < estimates.mean()  # more orders, tighter bound
+    # of a single draw that is not so
+    assert estimates.mean() < exact < estimates.max()
+    more = estimates_over(combinations(orders_of(3), count + 1), monkeypatch)
+    assert estimates.mean() < more.mean()
+
+
+def test_draws_with_replacement_give_a_looser_bound(monkeypatch):
+    """Control: what an order that comes twice costs."""
+    distinct = estimates_over(combinations(orders_of(3), 2), monkeypatch)
+    replaced = estimates_over(product(orders_of(3), repeat=2), monkeypatch)
+    assert difference(distinct.exp().mean(), replaced.exp().mean()) < BUDGET
+    assert replaced.mean() < distinct.mean()
+
+
+def test_with_as_many_draws_as_orders_the_score_is_exact():
+    model, ids = small_model(), torch.tensor([[1, 3, 5, 4]])
+    exact = model.score(ids, orders=orders_of(3))
+    for count in (6, 7, 100):
+        assert difference(model.score(ids, num_orders=count), exact) < BUDGET
+    assert difference(model.score(ids, num_orders=5), exact) > 1e-6
+    nothing = torch.tensor([[1]])
+    assert difference(model.score(nothing, num_orders=1), model.score(nothing)) < BUDGET
+
+
+@pytest.mark.parametrize(("m", "count"), [(4, 3), (4, 12), (4, 20), (9, 50)])
+def test_every_order_is_drawn_as_often_and_none_twice(m, count):
+    generator = torch.Generator().manual_seed(0)
+    draws = [_draw_orders(m, count, generator) for _ in range(400 if m == 4 else 5)]
+    for orders in draws:
+        assert orders.shape == (count, m) and len(orders.unique(dim=0)) == count
+        assert torch.equal(orders.sort(1).values, torch.arange(m).expand(count, m))
+    if m == 4:
+        seen = torch.cat(draws).unique(dim=0, return_counts=True)[1]
+        assert len(seen) == 24
+        # five standard deviations of a binomial count
+        p = count / 24
+        assert (seen - 400 * p).abs().max() < 5 * (400 * p * (1 - p)) ** 0.5
 
 
 def test_drawn_orders_are_reproducible_and_vary():
@@ -214,7 +253,11 @@ def test_offsets_of_the_final_text_break_the_sum(monkeypatch):
     ("fields", "message"),
     [
         ({"num_orders": 2, "orders": torch.tensor([[0, 1]])}, "num_orders and orders exclude each other"),
-        ({"num_orders": 0}, "num_orders must be at least 1, got 0"),
+        ({"num_orders": 0}, "num_orders must be an integer of at least 1, got 0"),
+        ({"num_orders": 2.0}, "num_orders must be an integer of at least 1, got 2.0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+        ({"generator": torch.Generator()}, "generator draws orders, which num_orders asks for"),
+        ({"orders": torch.tensor([[0.0, 1.0]])}, r"orders must be permutations of 0..1"),
         ({"orders": torch.tensor([[0, 0]])}, r"orders must be permutations of 0..1, \[K, 2\], got \[\[0, 0\]\]"),
         ({"orders": torch.tensor([[0, 1, 2]])}, r"orders must be permutations of 0..1"),
         ({"context_mask": torch.tensor([[True, False, True]])}, "left to right the context must lead"),
@@ -231,3 +274,27 @@ def test_bad_arguments_of_score_raise(fields, message):
 def test_score_needs_a_batch():
     with pytest.raises(ValueError, match=r"input_ids must be \[B, T\], got \[3\]"):
         small_model().score(torch.tensor([1, 3, 4]))
+
+
+@pytest.mark.parametrize("fields", [{}, {"num_orders": 2}, {"orders": torch.tensor([[0, 1, 2]])}], ids=list)
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.tensor([[1, 3, 2, 4, 2]]), r"ids \[0, 1, 2\] are structure .*, got 2 at token 2 of row 0"),
+        (torch.tensor([[1, 3, 0, 4]]), "never written inside a text, got 0 at token 2 of row 0"),
+        (torch.tensor([[1, 3, 4, 4], [1, 1, 3, 4]]), "got 1 at token 1 of row 1"),
+        (torch.tensor([[3, 4, 3, 5]]), "a text begins with BOS, id 1, got 3 in row 0"),
+        (torch.tensor([[1, 3, 4, 6]]), r"ids must be in 0..5, got 6 in row 0"),
+        (torch.tensor([[1.0, 3.0, 4.0, 5.0]]), "input_ids must be a tensor of integers, got torch.float32"),
+        ([[1, 3, 4, 5]], "input_ids must be a tensor of integers, got list"),
+    ],
+)
+def test_what_is_no_text_has_no_score_in_any_way(ids, message, fields):
+    with pytest.raises(ValueError, match=message):
+        small_model().score(ids, **fields)
+
+
+def test_structure_inside_given_text_is_context():
+    ids, given = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[True, True, False, False]])
+    for fields in ({}, {"num_orders": 2}):
+        assert small_model().score(ids, context_mask=given, **fields).isfinite().all()

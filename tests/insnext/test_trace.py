@@ -128,6 +128,7 @@ def test_fewer_frames_show_all_that_is_new_since_the_last_one():
         "step 3 ‹The› [old] [man] ‹boats›[!]",
         "     ⟳ encoded anew after step 1",
         "     ⟳ encoded anew after step 2",
+        "2 of 4 texts shown",
     ]
 
 
@@ -135,6 +136,21 @@ def test_color_adds_codes_and_changes_no_letter():
     plain, color = small_trace().text(), small_trace().text(color=True)
     assert "\033[" in color and "\033[" not in plain
     assert re.sub(r"\033\[\d+m", "", color) == plain.replace("‹", "").replace("›", "")
+
+
+def test_a_picture_that_leaves_texts_out_says_so():
+    trace = trace_of(TEXT)
+    every = trace.steps + 1
+    assert trace.text(frames=4).split("\n")[-1] == f"4 of {every} texts shown"
+    assert "shown" not in trace.text(frames=every) and trace.text(frames=every).count("step") == every - 1
+
+
+def test_saving_makes_the_folder(tmp_path):
+    small_trace().save(tmp_path / "runs" / "today" / "growth.html")
+    assert [path.name for path in (tmp_path / "runs" / "today").iterdir()] == ["growth.html"]
+    with pytest.raises(ValueError, match="saved as .html or .txt"):
+        small_trace().save(tmp_path / "other" / "growth.png")
+    assert not (tmp_path / "other").exists()
 
 
 def test_lines_keep_within_the_width():
