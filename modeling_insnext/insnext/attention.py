@@ -36,12 +36,22 @@ from .cache import InsertionCache
 
 
 class Interval(NamedTuple):
-    """What every layer of one forward pass needs to know about who sees whom, and from how far."""
+    """What every layer of one forward pass needs to know about who sees whom, and from how far.
+
+    Attributes:
+        positions_BK: Integers whose order is the order of the text.
+        start_BQ: First key that each query sees.
+        horizon_BQ: Last key that it sees.
+        entries_BQ: Which key each query is.
+        ranked: Whether offset(i, j) = positions_j - positions_i for every key that a query sees, as where positions
+            are ranks in the text and each query sees all of it that is there.
+    """
 
     positions_BK: torch.Tensor
     start_BQ: torch.Tensor
     horizon_BQ: torch.Tensor
     entries_BQ: torch.Tensor
+    ranked: bool = False
 
 
 class FlexInterval(NamedTuple):
@@ -263,12 +273,18 @@ def build_interval(
     if context_length is not None:
         context_length = torch.as_tensor(context_length, device=device).reshape(-1, 1)
         horizon = torch.maximum(horizon, start_BQ + context_length - 1)
-    if positions is None:
+    # tokens as stored stand side by side in every interval
+    ranked = positions is None
+    if ranked:
         positions = torch.arange(K, device=device).expand(B, K)
     if positions.shape != (B, K):
         raise ValueError(f"positions must cover cached and new tokens, [{B}, {K}], got {list(positions.shape)}")
     interval = Interval(
-        positions, torch.where(real_BQ, start_BQ, entries_BQ), torch.where(real_BQ, horizon, entries_BQ), entries_BQ
+        positions,
+        torch.where(real_BQ, start_BQ, entries_BQ),
+        torch.where(real_BQ, horizon, entries_BQ),
+        entries_BQ,
+        ranked,
     )
     if not torch.compiler.is_compiling():
         check_interval(interval)
@@ -317,7 +333,7 @@ def check_contiguous(attention_mask_BT: torch.Tensor, may_rest: bool = False) ->
 
 def check_interval(interval: Interval) -> None:
     """Raise a `ValueError` if intervals make no text: a horizon below its query, a start above it, tied positions."""
-    positions_BK, start_BQ, horizon_BQ, entries_BQ = interval
+    positions_BK, start_BQ, horizon_BQ, entries_BQ, _ = interval
     for name, bad_BQ, values in (
         ("horizon must not lie below the query", horizon_BQ < entries_BQ, horizon_BQ),
         ("start must not lie above the query", start_BQ > entries_BQ, start_BQ),

@@ -47,7 +47,7 @@ def prepare_triton(interval, slopes_2H: torch.Tensor, dtype: torch.dtype) -> Tri
         )
     if dtype not in DTYPES:
         raise ValueError(f'attn_implementation="{NAME}" needs float32, float16 or bfloat16, got {dtype}')
-    positions_BK, start_BQ, horizon_BQ, entries_BQ = interval
+    positions_BK, start_BQ, horizon_BQ, entries_BQ, _ = interval
     left_H, right_H = slopes_2H.float()
     table = offset_table(positions_BK, horizon_BQ, start_BQ, entries_BQ=entries_BQ, impl="triton")
     return TritonInterval((positions_BK, horizon_BQ, left_H, right_H, start_BQ), entries_BQ, table)

@@ -13,9 +13,11 @@ from .peft_targets import register_adapter_targets
 # of the code that stands beside a checkpoint: the version of the package
 CODE_VERSION = "0.1.0"
 
-POSITION_ENCODINGS = ("alibi", "sinusoidal")
+POSITION_ENCODINGS = ("alibi", "sinusoidal", "rotary")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 NORMS = ("rmsnorm", "deepnorm", "layernorm", "post_layernorm")
 POST_NORMS = ("deepnorm", "post_layernorm")
+SLOT_NORMS = ("rmsnorm", "rmsclip")
 POOLINGS = ("mean", "last")
 
 PRESETS = {
@@ -47,7 +49,10 @@ class InsNextConfig(PreTrainedConfig):
         head_dim: Width of a head; `None` means `hidden_size / num_attention_heads`.
         max_position_embeddings: Longest text in tokens, given and written ones together.
         position_encoding: `"alibi"` (direction-aware insertion ALiBi) or `"sinusoidal"` (the InsNet baseline: XLNet's
-            relative sinusoids with their own projection, on the same offsets; `eager` and `sdpa` attention only).
+            relative sinusoids with their own projection, on the same offsets) or `"rotary"` (RoPE on the same offsets:
+            left to right it is that of Llama); all but ALiBi with `eager` and `sdpa` attention only.
+        rope_parameters: For `"rotary"`, as in Transformers: `{"rope_type": "default", "rope_theta": 10000.0}`, or
+            another type of `ROPE_TYPES` with what it needs.
         alibi_slope_ratio: Factor on even heads' left and odd heads' right slope. 1 is the symmetric form, which cannot
             tell left from right.
         norm: `"rmsnorm"` or `"layernorm"` (pre-norm), `"deepnorm"` (post-norm with DeepNorm's scales,
@@ -60,6 +65,8 @@ class InsNextConfig(PreTrainedConfig):
         gated_mlp: Whether the feed-forward is down(act(gate(x)) * up(x)) or down(act(up(x))).
         hidden_act: Its activation, by the name Transformers gives it.
         mlp_bias: Whether its projections have biases.
+        slot_norm: What a slot's token is read off through: `"rmsnorm"`, w x / rms(x), or `"rmsclip"`,
+            w x / max(1, rms(x)), which leaves what passed an RMSNorm as it is. So a converted model is its source.
         position_logit_cap: Soft cap c of the slot logits, `c * tanh(z / c)`.
         attention_dropout: Dropout probability on attention weights in training.
         initializer_range: Standard deviation of the normal initialisation.
@@ -85,6 +92,7 @@ class InsNextConfig(PreTrainedConfig):
     head_dim: int | None = None
     max_position_embeddings: int = 4096
     position_encoding: str = "alibi"
+    rope_parameters: dict | None = None
     alibi_slope_ratio: float = 4.0
     norm: str = "rmsnorm"
     norm_bias: bool = True
@@ -95,6 +103,7 @@ class InsNextConfig(PreTrainedConfig):
     gated_mlp: bool = True
     hidden_act: str = "silu"
     mlp_bias: bool = False
+    slot_norm: str = "rmsnorm"
     position_logit_cap: float = 30.0
     attention_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -111,7 +120,11 @@ class InsNextConfig(PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check()
+        self._check_positions()
         super().__post_init__(**kwargs)
+        if self.position_encoding != "rotary":
+            # the base class fills every field of this name
+            self.rope_parameters = None
 
     def _check(self):
         for name in (
@@ -138,12 +151,14 @@ class InsNextConfig(PreTrainedConfig):
                 f"num_attention_heads must be a multiple of num_key_value_heads, got {self.num_attention_heads} and "
                 f"{self.num_key_value_heads}"
             )
-        if self.position_encoding not in POSITION_ENCODINGS:
-            raise ValueError(f"position_encoding must be one of {POSITION_ENCODINGS}, got {self.position_encoding!r}")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be one of {NORMS}, got {self.norm!r}")
-        if self.classifier_pooling not in POOLINGS:
-            raise ValueError(f"classifier_pooling must be one of {POOLINGS}, got {self.classifier_pooling!r}")
+        for name, choices in (
+            ("position_encoding", POSITION_ENCODINGS),
+            ("norm", NORMS),
+            ("slot_norm", SLOT_NORMS),
+            ("classifier_pooling", POOLINGS),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {self.hidden_act!r}")
         for name in ("alibi_slope_ratio", "position_logit_cap"):
@@ -155,6 +170,20 @@ class InsNextConfig(PreTrainedConfig):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ValueError(f"{name} must be in [0, {self.vocab_size}), got {token}")
+
+    def _check_positions(self):
+        kind, given = self.position_encoding, self.rope_parameters
+        if given is not None and kind != "rotary":
+            raise ValueError(f'rope_parameters need position_encoding="rotary", got {kind!r}')
+        if kind != "rotary":
+            return
+        given = given or {}
+        if given.get("rope_type", "default") not in ROPE_TYPES:
+            raise ValueError(f"rope_type must be one of {ROPE_TYPES}, got {given['rope_type']!r}")
+        if given.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"whole heads are turned, got partial_rotary_factor={given['partial_rotary_factor']}")
+        if self.head_dim % 2:
+            raise ValueError(f'position_encoding="rotary" needs an even head_dim, got {self.head_dim}')
 
     def to_dict(self) -> dict:
         """Return the fields; PEFT asks for them before it looks up target modules by model type."""

@@ -223,7 +223,7 @@ class Draft:
         positions = self.ranks[rows][:, : cache.key_length(Q)]
         if positions.shape[1] < cache.key_length(Q):
             positions = torch.nn.functional.pad(positions, (0, cache.key_length(Q) - positions.shape[1]))
-        interval = Interval(positions, start, horizon, entries)
+        interval = Interval(positions, start, horizon, entries, ranked=True)
         hidden = self.encoder(
             input_ids=ids, past_key_values=cache, interval=interval, advance_cache=False
         ).last_hidden_state

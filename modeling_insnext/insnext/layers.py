@@ -29,7 +29,11 @@ def block_norm(config: InsNextConfig) -> nn.Module:
 
 
 class InsNextAttention(nn.Module):
-    """Grouped-query attention over intervals. With `sinusoidal` it adds (q + v) . W_r R(offset), the InsNet form."""
+    """Grouped-query attention over intervals.
+
+    With `sinusoidal` it adds (q + v) . W_r R(offset), the InsNet form; with `rotary` keys are kept unturned, and
+    turned by where they stand when they are read (see rotary).
+    """
 
     def __init__(self, config: InsNextConfig, layer_idx: int):
         super().__init__()
@@ -64,6 +68,10 @@ class InsNextAttention(nn.Module):
         if self.config.position_encoding == "sinusoidal":
             attention_mask = self.offset_scores(query + self.offset_bias, *attention_mask)
             query = query + self.content_bias
+        dropout = self.config.attention_dropout if self.training else 0.0
+        if self.config.position_encoding == "rotary":
+            out, weights = attention_mask.attend(self, query, key, value, dropout)
+            return self.o_proj(out.flatten(2)), weights
         implementation = self.config._attn_implementation
         attend = interval_backend(implementation).attend or ALL_ATTENTION_FUNCTIONS.get_interface(implementation, None)
         out, weights = attend(
@@ -73,7 +81,7 @@ class InsNextAttention(nn.Module):
             value,
             attention_mask,
             scaling=self.scaling,
-            dropout=self.config.attention_dropout if self.training else 0.0,
+            dropout=dropout,
         )
         return self.o_proj(out.flatten(2)), weights
 

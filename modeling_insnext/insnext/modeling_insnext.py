@@ -39,6 +39,7 @@ from .configuration_insnext import CODE_VERSION, InsNextConfig
 from .generation_configuration import InsertionGenerationConfig
 from .generation_insnext import InsertionGenerationMixin
 from .layers import InsNextAttention, InsNextBlock, block_norm
+from .rotary import ROTARY_BACKENDS, rope_of
 from .scoring import InsertionScoringMixin
 from .slot_losses import divisor, insertion_losses, mean_losses
 from .slots import InsNextSlotHead
@@ -128,6 +129,7 @@ class InsNextModel(InsNextPreTrainedModel):
         self.embed_norm = block_norm(config) if config.embedding_norm else None
         # the last block of a post-norm model like BERT ends with its norm
         self.norm = nn.Identity() if config.norm == "post_layernorm" else block_norm(config)
+        self.rope = rope_of(config) if config.position_encoding == "rotary" else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -207,13 +209,13 @@ class InsNextModel(InsNextPreTrainedModel):
         return interval
 
     def _prepare(self, interval: Interval, hidden_states: torch.Tensor):
-        name = self.config._attn_implementation
-        if self.config.position_encoding == "sinusoidal":
-            if name not in ("eager", "sdpa"):
-                raise ValueError(
-                    f'position_encoding="sinusoidal" needs attn_implementation eager or sdpa, got {name!r}'
-                )
+        name, encoding = self.config._attn_implementation, self.config.position_encoding
+        if encoding != "alibi" and name not in ("eager", "sdpa"):
+            raise ValueError(f'position_encoding="{encoding}" needs attn_implementation eager or sdpa, got {name!r}')
+        if encoding == "sinusoidal":
             return insertion_offsets(interval), visible_keys(interval)
+        if encoding == "rotary":
+            return ROTARY_BACKENDS[name](interval, self.rope, hidden_states.dtype)
         slopes = alibi_slopes(self.config.num_attention_heads, self.config.alibi_slope_ratio, hidden_states.device)
         return interval_backend(name).prepare(interval, slopes, hidden_states.dtype)
 

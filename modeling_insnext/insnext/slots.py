@@ -167,6 +167,18 @@ def missing_units(
     return torch.where(table.left_BS >= 0, upto_BS - count_BN.gather(1, left_BS), 0)
 
 
+class RMSClip(nn.RMSNorm):
+    """w x / max(1, rms(x)): what passed an RMSNorm without weights passes as it is, longer vectors are shortened.
+
+    Two RMSNorms in a row are not one, since the epsilon of the first is lost in the second.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        rms = wide.square().mean(-1, keepdim=True).sqrt()
+        return (wide / rms.clamp_min(1)).to(x.dtype) * self.weight
+
+
 class InsNextSlotHead(nn.Module):
     """Scores of the slots, and the vector from which the token in a slot is read off with the tied embedding."""
 
@@ -179,7 +191,8 @@ class InsNextSlotHead(nn.Module):
         self.state_proj = nn.Linear(D, D, bias=False)
         self.query_proj = nn.Linear(D, D, bias=False)
         self.key_proj = nn.Linear(D, D, bias=False)
-        self.norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
+        norm = RMSClip if config.slot_norm == "rmsclip" else nn.RMSNorm
+        self.norm = norm(D, eps=config.rms_norm_eps)
         self.edge = nn.Parameter(torch.zeros(D))
         self.stop_key = nn.Parameter(torch.zeros(D))
         self.cap = config.position_logit_cap
@@ -243,5 +256,5 @@ class InsNextSlotHead(nn.Module):
         return slot, log_sigmoid(slot_logit - stop_logit), log_sigmoid(stop_logit - slot_logit)
 
     def token_state(self, slot: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """Return RMSNorm(u + W_g h), to be multiplied with the embedding."""
+        """Return norm(u + W_g h), to be multiplied with the embedding; norm: `config.slot_norm`."""
         return self.norm(slot + self.state_proj(state))

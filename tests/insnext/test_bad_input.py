@@ -218,7 +218,10 @@ CONFIGS = [
     ({"hidden_size": 30}, "hidden_size must be a multiple of num_attention_heads, got 30 and 4"),
     ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 3"),
     ({"num_key_value_heads": 0}, "num_attention_heads must be a multiple of num_key_value_heads, got 4 and 0"),
-    ({"position_encoding": "rope"}, r"position_encoding must be one of \('alibi', 'sinusoidal'\), got 'rope'"),
+    (
+        {"position_encoding": "rope"},
+        r"position_encoding must be one of \('alibi', 'sinusoidal', 'rotary'\), got 'rope'",
+    ),
     ({"norm": "layer"}, r"norm must be one of \('rmsnorm', 'deepnorm', .*\), got 'layer'"),
     ({"classifier_pooling": "cls"}, r"classifier_pooling must be one of \('mean', 'last'\), got 'cls'"),
     ({"hidden_act": "swish5"}, "hidden_act must be one of .* got 'swish5'"),

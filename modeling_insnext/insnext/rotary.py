@@ -1,0 +1,196 @@
+"""Rotary positions on insertion offsets: score(i, j) = q_i . R(offset(i, j)) k_j / sqrt(D).
+
+Shape suffixes as in attention, and P pairs of a query and an angle. R turns by the frequencies of
+`config.rope_parameters`. From left to right offset(i, j) = j - i, and this is RoPE (arXiv:2104.09864) itself.
+
+Let b_j be any number under which key j is turned once. Query i then meets it under e_ij = b_j - offset(i, j). With b_j
+the rank of j in its text, e_ij falls short of it by the tokens that were missing left of j when i was encoded: it is
+one number where nothing was missing, and changes along the text only at gaps. So a query is turned once for each value
+it meets, all of them meet the keys in one matmul, and every key picks its own. `RotaryPairs` is the definition, which
+turns every key for every query.
+
+    text            a  b  c  d  e          written in the order a, e, c, d, b
+    b_j             0  1  2  3  4
+    e_ij for i = c  0  .  1  .  2          b and d were missing: c meets a under 0, itself under 1, e under 2
+"""
+
+from typing import NamedTuple
+
+import torch
+from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention import Interval, insertion_offsets, visible_keys
+
+
+class Rope(NamedTuple):
+    """Angles a position, D / 2 of them, and the factor on cosines and sines.
+
+    Numbers, no tensor: weights are moved, cast and first built on `meta`, and none of it may touch them.
+    """
+
+    frequencies: list[float]
+    factor: float
+
+    def turns(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return cosines and sines of positions `[...]`, `[..., D]` each, halves repeated.
+
+        Angles are float64 whatever the dtype: at a position of ten million, float32 would be wrong by half a radian.
+        """
+        wide = torch.float32 if positions.device.type == "mps" else torch.float64
+        rate_D = torch.tensor(self.frequencies, device=positions.device, dtype=wide).repeat(2)
+        angle = positions[..., None] * rate_D
+        return (angle.cos() * self.factor).to(dtype), (angle.sin() * self.factor).to(dtype)
+
+
+def rope_of(config) -> Rope:
+    """Return what `config.rope_parameters` demand."""
+    with torch.device("cpu"):
+        if config.rope_parameters["rope_type"] == "default":
+            exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
+            return Rope((1.0 / config.rope_parameters["rope_theta"] ** exponent).tolist(), 1.0)
+        frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
+        return Rope(frequencies.tolist(), float(factor))
+
+
+def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Return x `[..., D]` turned, halves as pairs (the layout of Llama)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-right, left], -1) * sin
+
+
+class RotaryPairs(NamedTuple):
+    """The definition: every key is turned by its offset for every query.
+
+    The factor on cosines and sines stands on both sides of a product, so here it is squared.
+
+    Attributes:
+        turns: Cosines and sines of the offsets, `[B, 1, Q, K, D]`.
+        mask_B1QK: Additive, `-inf` on invisible keys.
+    """
+
+    turns: tuple[torch.Tensor, torch.Tensor]
+    mask_B1QK: torch.Tensor
+
+    def attend(self, module, query, key, value, dropout: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return attention as `[B, Q, H, D]` and its weights."""
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        scores = (query[:, :, :, None] * turn(key[:, :, None], *self.turns)).sum(-1)
+        return _weighted(module, scores * module.scaling + self.mask_B1QK, value, dropout)
+
+
+class RotarySegments(NamedTuple):
+    """Keys turned once, queries once for each angle they meet.
+
+    Attributes:
+        key_turns: Cosines and sines of b_j, `[B, 1, K, D]`.
+        query_turns: Of the angles that queries meet, `[B, 1, P, D]`; where each meets one only, P = Q and
+            `owner_BP` and `pair_BQK` are `None`.
+        owner_BP: The query of each pair.
+        pair_BQK: The pair under which a query meets a key.
+        mask_B1QK: Additive, `-inf` on invisible keys.
+    """
+
+    key_turns: tuple[torch.Tensor, torch.Tensor]
+    query_turns: tuple[torch.Tensor, torch.Tensor]
+    owner_BP: torch.Tensor | None
+    pair_BQK: torch.Tensor | None
+    mask_B1QK: torch.Tensor
+
+    def attend(self, module, query, key, value, dropout: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return attention as `[B, Q, H, D]`, and its weights where they exist."""
+        key = turn(key, *self.key_turns)
+        if self.pair_BQK is None:
+            query = turn(query, *self.query_turns)
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+            return attend(module, query, key, value, self.mask_B1QK, scaling=module.scaling, dropout=dropout)
+        B, H, Q, D = query.shape
+        P, (KV, K) = self.owner_BP.shape[1], key.shape[1:3]
+        query = query.gather(2, self.owner_BP[:, None, :, None].expand(B, H, P, D))
+        # heads that share their keys are rows of one matmul
+        query = turn(query, *self.query_turns).reshape(B, KV, -1, D)
+        scores = (query @ key.transpose(2, 3)).view(B, H, P, K)
+        scores = scores.gather(2, self.pair_BQK[:, None].expand(B, H, Q, K))
+        value = repeat_kv(value, H // KV)
+        return _weighted(module, scores * module.scaling + self.mask_B1QK, value, dropout)
+
+
+def _weighted(module, scores_BHQK, value_BHKD, dropout):
+    wide = torch.promote_types(scores_BHQK.dtype, torch.float32)
+    weights = scores_BHQK.softmax(-1, dtype=wide).to(value_BHKD.dtype)
+    weights = torch.nn.functional.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value_BHKD).transpose(1, 2).contiguous(), weights
+
+
+def rotary_pairs(interval: Interval, rope: Rope, dtype: torch.dtype) -> RotaryPairs:
+    """Return what `eager` attends by."""
+    cos, sin = rope.turns(insertion_offsets(interval)[:, None], dtype)
+    return RotaryPairs((cos * rope.factor, sin * rope.factor), _mask(interval, dtype))
+
+
+def rotary_segments(interval: Interval, rope: Rope, dtype: torch.dtype) -> RotarySegments:
+    """Return what `sdpa` attends by."""
+    entries_BQ, mask_B1QK = interval.entries_BQ, _mask(interval, dtype)
+    base_BK = interval.positions_BK if interval.ranked else text_ranks(interval)
+    own_BQ = base_BK.gather(1, entries_BQ)
+    owner_BP = pair_BQK = None
+    if not interval.ranked:
+        angle_BQK = base_BK[:, None] - insertion_offsets(interval)
+        # a query meets itself under its own b, and so may whatever it does not see
+        angle_BQK = torch.where(visible_keys(interval), angle_BQK, own_BQ[..., None])
+        if (angle_BQK != own_BQ[..., None]).any():
+            own_BQ, owner_BP, pair_BQK = segments(angle_BQK)
+    key_turns, query_turns = rope.turns(base_BK[:, None], dtype), rope.turns(own_BQ[:, None], dtype)
+    return RotarySegments(key_turns, query_turns, owner_BP, pair_BQK, mask_B1QK)
+
+
+def segments(angle_BQK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Number the different angles of every query.
+
+    Returns:
+        The angle `[B, P]` and the query `[B, P]` of every pair, those of a query side by side, and the pair
+        `[B, Q, K]` of every query and key. Rows with fewer pairs are filled up with pairs that nobody picks.
+    """
+    B, Q, K = angle_BQK.shape
+    sorted_BQK, order_BQK = angle_BQK.sort(2)
+    begins_BQK = torch.ones_like(sorted_BQK, dtype=torch.bool)
+    begins_BQK[..., 1:] = sorted_BQK[..., 1:] != sorted_BQK[..., :-1]
+    count_BQ = begins_BQK.sum(2)
+    first_BQ = count_BQ.cumsum(1) - count_BQ
+    number_BQK = begins_BQK.cumsum(2) - 1 + first_BQ[..., None]
+    pair_BQK = torch.empty_like(number_BQK).scatter(2, order_BQK, number_BQK)
+    num_pairs = int(count_BQ.sum(1).max())
+    query_BQK = torch.arange(Q, device=angle_BQK.device)[:, None].expand(B, Q, K)
+    empty_BP = angle_BQK.new_zeros(B, num_pairs)
+    angle_BP, owner_BP = (
+        empty_BP.scatter(1, number_BQK.flatten(1), values.flatten(1)) for values in (sorted_BQK, query_BQK)
+    )
+    return angle_BP, owner_BP, pair_BQK
+
+
+def text_ranks(interval: Interval) -> torch.Tensor:
+    """Return the rank of every key in its own text as all keys leave it, int64 `[B, K]`.
+
+    Behind a cache a row holds one text, and keys that nobody sees come last.
+    """
+    positions_BK, start_BQ, horizon_BQ, _, _ = interval
+    text_BK = start_BQ
+    if start_BQ.shape != positions_BK.shape:
+        key_K = torch.arange(positions_BK.shape[1], device=positions_BK.device)
+        text_BK = (key_K > horizon_BQ.amax(1, keepdim=True)).long()
+    by_position_BK = positions_BK.argsort(dim=1, stable=True)
+    by_text_BK = text_BK.gather(1, by_position_BK).argsort(dim=1, stable=True)
+    rank_BK = by_position_BK.gather(1, by_text_BK).argsort(dim=1)
+    return rank_BK - text_BK if start_BQ.shape == positions_BK.shape else rank_BK
+
+
+def _mask(interval: Interval, dtype: torch.dtype) -> torch.Tensor:
+    hidden_B1QK = ~visible_keys(interval)[:, None]
+    return torch.zeros_like(hidden_B1QK, dtype=dtype).masked_fill(hidden_B1QK, -torch.inf)
+
+
+ROTARY_BACKENDS = {"eager": rotary_pairs, "sdpa": rotary_segments}
+
+__all__ = ["ROTARY_BACKENDS", "Rope", "RotaryPairs", "RotarySegments", "rope_of", "rotary_pairs", "rotary_segments"]
