@@ -36,6 +36,7 @@ from .generation_drt import DrtGenerationMixin
 from .layers import DrtChunkEncoder, DrtLayer, decoder_norm, window_backend
 from .layout import Layout, build_layout, put_in, shift_rows, take_out
 from .memory import ParallelMemory
+from .packing import BOUNDARIES, check_one_text
 from .positions import rope_frequencies, rotary_table, slot_positions
 from .retrieval import Retrieved, best_chunks, chance, chunk_weights
 
@@ -145,18 +146,22 @@ class DrtModel(DrtPreTrainedModel):
             use_cache: Whether to return a cache; by default `config.use_cache`, but not in training.
             output_hidden_states: Whether to return the states of all layers, at the tokens.
             lower_only: Run the lower layers and fill the chunk memory only; `last_hidden_state` is `None`.
+            **kwargs: `position_ids` `[B, Q]`, which must count the tokens of a row, and what any model may get.
 
         Returns:
             `last_hidden_state` `[B, Q, D]`, zero on padding.
 
         Raises:
             ValueError: If ids lie outside the vocabulary, the mask has another shape than the tokens, a row has no
-                token and no cache is given or asked for, or the cache holds another number of rows.
+                token and no cache is given or asked for, the cache holds another number of rows, or a row holds
+                several texts.
             OSError: If the chunk memory cannot grow on disk; the cache is unchanged.
         """
         _refuse_unknown(kwargs)
-        if self.training:
-            _refuse_packing(kwargs.get("position_ids"))
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is not None:
+            said = {name: kwargs.get(name) for name in BOUNDARIES}
+            check_one_text(kwargs.get("position_ids"), said, given.shape[:2], attention_mask)
         layout, past = self._begin(input_ids, inputs_embeds, attention_mask, past_key_values, use_cache)
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if past is not None:
@@ -385,6 +390,7 @@ PASSED_TO_ANY_MODEL = (
     "num_items_in_batch",
     "tokenizer",
     "assistant_tokenizer",
+    *BOUNDARIES,
 )
 
 
@@ -395,14 +401,6 @@ def _refuse_unknown(kwargs: dict) -> None:
         raise TypeError(f"forward has no argument {', '.join(map(repr, unknown))}")
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions must be False: attention is computed in blocks and never held, got True")
-
-
-def _refuse_packing(position_ids: torch.Tensor | None) -> None:
-    """Raise a `ValueError` for positions that begin anew: packed texts, which would read one another here."""
-    if position_ids is not None and not torch.compiler.is_compiling():
-        anew = (position_ids[..., 1:] == 0).sum()
-        if anew:
-            raise ValueError(f"a row must be one text in training, got position_ids that begin anew {int(anew)} times")
 
 
 def next_labels(labels_BQ: torch.Tensor, mask_BQ: torch.Tensor | None) -> torch.Tensor:
@@ -468,14 +466,20 @@ class DrtForCausalLM(DrtPreTrainedModel, DrtGenerationMixin):
             logits_to_keep: How many last positions get logits (0: all), or which.
             output_hidden_states: See :class:`DrtModel`.
             num_items_in_batch: Divisor of the loss; by default the number of supervised tokens.
+            **kwargs: `shift_labels`, the label of each next token `[B, Q]` in the place of `labels`; and what
+                :class:`DrtModel` takes.
 
         Raises:
             ValueError: See :class:`DrtModel`; also if labels come with `logits_to_keep`, have another shape than the
                 tokens, or lie outside the vocabulary.
         """
+        # not in the signature, where Trainer would take it for a label that every batch must have
+        shift_labels = kwargs.pop("shift_labels", None)
         _refuse_unknown(kwargs)
-        if labels is not None:
-            self._check_labels(labels, input_ids if inputs_embeds is None else inputs_embeds, logits_to_keep)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        for sent in (labels, shift_labels):
+            if sent is not None:
+                self._check_labels(sent, given, logits_to_keep)
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -488,7 +492,9 @@ class DrtForCausalLM(DrtPreTrainedModel, DrtGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
+        if shift_labels is not None:
+            loss = causal_lm_loss(logits, shift_labels, num_items_in_batch)
+        elif labels is not None:
             targets = next_labels(labels, None if attention_mask is None else attention_mask[:, -labels.shape[1] :])
             loss = causal_lm_loss(logits, targets, num_items_in_batch)
         return CausalLMOutputWithPast(

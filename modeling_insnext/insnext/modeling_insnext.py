@@ -39,11 +39,12 @@ from .configuration_insnext import CODE_VERSION, InsNextConfig
 from .generation_configuration import InsertionGenerationConfig
 from .generation_insnext import InsertionGenerationMixin
 from .layers import InsNextAttention, InsNextBlock, block_norm
+from .packing import BOUNDARIES, LONGEST, packed_starts, with_packed_texts
 from .rotary import ROTARY_BACKENDS, rope_of
 from .scoring import InsertionScoringMixin
 from .slot_losses import divisor, insertion_losses, mean_losses
 from .slots import InsNextSlotHead
-from .supervision import Supervision
+from .supervision import Supervision, check_supervision, next_tokens
 
 
 AUTO_MAP = {
@@ -105,10 +106,16 @@ PASSED_TO_ANY_MODEL = (
     "output_hidden_states",
     "return_dict",
     "cache_position",
-    "position_ids",
     "num_items_in_batch",
     "tokenizer",
     "assistant_tokenizer",
+)
+
+
+NO_DIRECTION = (
+    "the encoder of a language model reads causally or as a whole: is_causal must be True or False, got None. A loss "
+    "that takes lm_head(hidden) past forward (fused or chunked cross-entropy, the trainers of trl >= 1.7) would train "
+    "another function, as lm_head takes the states of slots: train on the loss of forward(labels=...), as Trainer does"
 )
 
 
@@ -121,6 +128,9 @@ def _refuse_unknown(kwargs: dict) -> None:
 
 class InsNextModel(InsNextPreTrainedModel):
     """The encoder. Alone it reads its whole input as given text: every token sees every token of its row."""
+
+    # whether `is_causal` has no default: callers of a language model's encoder may take either for granted
+    must_say_direction = False
 
     def __init__(self, config: InsNextConfig):
         super().__init__(config)
@@ -145,8 +155,9 @@ class InsNextModel(InsNextPreTrainedModel):
         horizon: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        is_causal: bool = False,
+        is_causal: bool | None = None,
         interval: Interval | None = None,
         advance_cache: bool = True,
         **kwargs,
@@ -164,16 +175,22 @@ class InsNextModel(InsNextPreTrainedModel):
             horizon: Last visible key of each new token `[B, Q]`; by default the last token of the row.
             past_key_values: An `InsertionCache`, or any cache of Transformers for rows that grow alike.
             inputs_embeds: Embeddings `[B, Q, D]` in the place of `input_ids`.
+            position_ids: Integers `[B, Q]` or `[1, Q]` that rise by one along a text and begin anew where the next
+                text of a row begins: packed texts, which do not see one another. `cu_seq_lens_q`, `cu_seq_lens_k`,
+                `max_length_q`, `max_length_k` and `seq_idx` may say the same beside them.
             use_cache: Whether to make a cache where none is given (with `is_causal` only).
-            is_causal: Whether the default horizon is the token itself.
+            is_causal: Whether the default horizon is the token itself; by default it is not. The encoder inside
+                :class:`InsNextForInsertionLM` has no default where no other argument says who sees whom.
             interval: Who sees whom, in the place of all arguments that say so, for callers that have checked their
                 input.
             advance_cache: Whether to count the new tokens in an `InsertionCache`.
 
         Raises:
             ValueError: If ids lie outside the vocabulary, the text is longer than `max_position_embeddings`, a horizon
-                lies below its query, positions of a text are tied, or the mask has holes.
+                lies below its query, positions of a text are tied, the mask has holes, `position_ids` are no texts, or
+                nothing says whether the encoder of a language model reads causally.
         """
+        said = {name: kwargs.pop(name) for name in (*BOUNDARIES, *LONGEST) if name in kwargs}
         _refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
@@ -182,10 +199,12 @@ class InsNextModel(InsNextPreTrainedModel):
         if use_cache and is_causal and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         if interval is None:
-            interval = self.checked_interval(
-                input_ids, shape, device, attention_mask, positions, context_length, start, horizon, past_key_values,
-                is_causal,
-            )  # fmt: skip
+            fields = {"positions": positions, "context_length": context_length, "start": start, "horizon": horizon}
+            said_otherwise = isinstance(past_key_values, InsertionCache) or any(x is not None for x in fields.values())
+            if self.must_say_direction and is_causal is None and not said_otherwise:
+                raise ValueError(NO_DIRECTION)
+            fields |= {"attention_mask": attention_mask, "past": past_key_values, "is_causal": bool(is_causal)}
+            interval = self.checked_interval(input_ids, shape, device, position_ids, said, **fields)
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.embed_norm is not None:
             hidden_states = self.embed_norm(hidden_states)
@@ -196,13 +215,16 @@ class InsNextModel(InsNextPreTrainedModel):
             past_key_values.advance(shape[1], None if attention_mask is None else attention_mask.long().sum(1))
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def checked_interval(self, input_ids, *arguments) -> Interval:
-        """Return `build_interval(*arguments)` once ids, length, mask, horizons and positions have been checked."""
+    def checked_interval(self, input_ids, shape, device, position_ids=None, said=None, **fields) -> Interval:
+        """Return `build_interval(shape, device, **fields)` once ids, length, mask, horizons and positions are checked.
+
+        `position_ids` and what else is `said` of packed texts go into the fields.
+        """
         if input_ids is not None and input_ids.numel() and not torch.compiler.is_compiling():
             low, high, size = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
             if low < 0 or high >= size:
                 raise ValueError(f"ids must be in the model's vocabulary [0, {size}), got {low if low < 0 else high}")
-        interval = build_interval(*arguments)
+        interval = build_interval(shape, device, **with_packed_texts(shape, position_ids, said or {}, fields))
         length, limit = interval.positions_BK.shape[1], self.config.max_position_embeddings
         if length > limit:
             raise ValueError(f"a text holds at most max_position_embeddings={limit} tokens, got {length}")
@@ -255,6 +277,7 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
         # the loss reads labels from the second on, here as in any causal language model: `Trainer` counts those
         self.loss_type = "ForCausalLM"
         self.model = InsNextModel(config)
+        self.model.must_say_direction = True
         self.slot_head = InsNextSlotHead(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -275,6 +298,7 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
         step_weights: torch.FloatTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
@@ -291,7 +315,7 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
             start: First token of each token's text `[B, N]`, for several texts packed in a row.
             horizon: Last token encoded together with each token `[B, N]`; excludes `context_length`.
             labels: Which tokens are trained on, `[B, N]`: `input_ids`, or -100 to leave one out. Left to right as in
-                any causal language model; EOS there is STOP.
+                any causal language model; EOS there is STOP, and BOS and a text's first token count as -100.
             stop_targets: True at the last token of a text that really ends there, `[B, N]`; by default at every
                 text's.
             target_kinds: How the place of each token is supervised, `[B, N]` of :class:`TargetKind`: 0 by its slot, 1
@@ -300,30 +324,42 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
             step_weights: Weight of each token's loss `[B, N]`, 1 by default.
             past_key_values: A cache; see :class:`InsNextModel`.
             inputs_embeds: Embeddings in the place of `input_ids`.
+            position_ids: Left to right: packed texts, see :class:`InsNextModel`.
             use_cache: Whether to return a cache.
             logits_to_keep: Left to right: how many last positions get logits (0 all), or which.
             num_items_in_batch: Divisor of the loss; by default the number of supervised tokens.
+            **kwargs: `shift_labels`, left to right the label of each next token `[B, N]` in the place of `labels`;
+                and what :class:`InsNextModel` takes.
 
         Raises:
-            ValueError: See :class:`InsNextModel`; also if training fields come without `positions` or have another
-                shape than the tokens, or if a label is structure, no token, or with `positions` not the token itself.
+            ValueError: See :class:`InsNextModel`; also if training fields come without `positions` or labels or have
+                another shape than the tokens, or if a label is structure, no token, or with `positions` not the token
+                itself.
         """
         left_to_right = positions is None
-        if left_to_right and any(x is not None for x in (stop_targets, target_kinds, unit_starts, step_weights)):
-            raise ValueError("stop_targets, target_kinds, unit_starts and step_weights need positions, got None")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        shape, device = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2], self.device
+        given = input_ids if inputs_embeds is None else inputs_embeds
         supervision = Supervision(labels, stop_targets, target_kinds, unit_starts, step_weights)
-        for name, tensor in supervision._asdict().items():
-            if tensor is not None and tensor.shape != shape:
-                raise ValueError(f"{name} must be {list(shape)}, one for each token, got {list(tensor.shape)}")
-        if labels is not None and left_to_right and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        # not in the signature, where Trainer would take it for a label that every batch must have
+        shift_labels = kwargs.pop("shift_labels", None)
+        check_supervision(supervision, shift_labels, given, left_to_right, num_items_in_batch)
+        has_targets = labels is not None or shift_labels is not None
+        if has_targets and left_to_right and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
             raise ValueError(f"labels need the logits of all tokens, got logits_to_keep={logits_to_keep}")
-        if labels is not None and input_ids is None and not left_to_right:
-            raise ValueError("labels of an insertion sequence need input_ids, got inputs_embeds")
         interval = self.model.checked_interval(
-            input_ids, shape, device, attention_mask, positions, context_length, start, horizon, past_key_values, True
+            input_ids,
+            given.shape[:2],
+            given.device,
+            position_ids,
+            {name: kwargs.pop(name) for name in (*BOUNDARIES, *LONGEST) if name in kwargs},
+            attention_mask=attention_mask,
+            positions=positions,
+            context_length=context_length,
+            start=start,
+            horizon=horizon,
+            past=past_key_values,
+            is_causal=True,
         )
         outputs = self.model(
             input_ids=input_ids,
@@ -339,8 +375,9 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
         loss = logits = position = token = None
         if left_to_right:
             logits = self._left_to_right_logits(hidden, logits_to_keep)
-            if labels is not None:
-                loss = self._left_to_right_loss(logits, labels, num_items_in_batch)
+            if has_targets:
+                target = next_tokens(labels, interval.start_BQ) if shift_labels is None else shift_labels
+                loss = self._left_to_right_loss(logits, target, num_items_in_batch)
         elif labels is not None:
             losses = insertion_losses(self, hidden, input_ids, interval, supervision)
             loss, position, token = mean_losses(losses, interval.start_BQ, step_weights, num_items_in_batch)
@@ -381,13 +418,15 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
             log_p = torch.where(is_eos, log_p_stop[..., None], log_p)
         return log_p
 
-    def _left_to_right_loss(self, log_p, labels, num_items):
-        target = labels[:, 1:]
-        structure = [token for token in self.config.never_inserted if token != self.config.eos_token_id]
+    def _left_to_right_loss(self, log_p, target, num_items):
+        bos, eos = self.config.bos_token_id, self.config.eos_token_id
+        # BOS begins a text and is never written: nothing is to be learnt from what stands before it
+        if bos is not None and bos != eos:
+            target = target.masked_fill(target == bos, -100)
         if not torch.compiler.is_compiling():
-            self._check_labels(target, structure)
+            self._check_labels(target, [token for token in self.config.never_inserted if token not in (bos, eos)])
         loss = nn.functional.nll_loss(
-            log_p[:, :-1].flatten(0, 1), target.flatten().long(), ignore_index=-100, reduction="sum"
+            log_p.flatten(0, 1), target.flatten().long().to(log_p.device), ignore_index=-100, reduction="sum"
         )
         return loss / divisor((target != -100).sum(), num_items)
 
@@ -403,8 +442,10 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
                 raise ValueError(f"{rule}, got label {int(target[wrong][0])} at {where}; set it to -100")
 
 
-def _pooled(hidden_BTD: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+def _pooled(hidden_BTD, attention_mask: torch.Tensor | None, pooling: str, position_ids=None) -> torch.Tensor:
     """Return the state of an encoded text, `[B, D]`: the mean over its tokens, or its last token's."""
+    if position_ids is not None:
+        packed_starts(hidden_BTD.shape[:2], position_ids, attention_mask, may_begin_anew=False)
     if attention_mask is None:
         attention_mask = hidden_BTD.new_ones(hidden_BTD.shape[:2])
     if pooling == "mean":
@@ -428,10 +469,15 @@ class InsNextForSequenceClassification(InsNextPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs):
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, position_ids=None, **kwargs
+    ):
         """Return logits `[B, num_labels]`; with labels `[B]` the loss that `config.problem_type` names."""
-        outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.score(_pooled(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling))
+        outputs = self.model(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, position_ids=position_ids, **kwargs
+        )
+        hidden = outputs.last_hidden_state
+        logits = self.score(_pooled(hidden, attention_mask, self.config.classifier_pooling, position_ids))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
@@ -483,7 +529,9 @@ class InsNextForMultipleChoice(InsNextPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs):
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, position_ids=None, **kwargs
+    ):
         """Return logits `[B, C]`; with labels `[B]` the mean cross-entropy.
 
         Raises:
@@ -496,11 +544,11 @@ class InsNextForMultipleChoice(InsNextPreTrainedModel):
             if tensor is not None and (tensor.ndim != 3 or tensor.shape != given.shape):
                 raise ValueError(f"multiple choice needs {name} [B, C, T], got {list(tensor.shape)}")
         choices = given.shape[1]
-        flat_ids, flat_mask, flat_embeds = (
-            None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, inputs_embeds)
+        flat_ids, flat_mask, flat_embeds, flat_position_ids = (
+            None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, inputs_embeds, position_ids)
         )
-        outputs = self.model(flat_ids, flat_mask, inputs_embeds=flat_embeds, **kwargs)
-        state = _pooled(outputs.last_hidden_state, flat_mask, self.config.classifier_pooling)
+        outputs = self.model(flat_ids, flat_mask, inputs_embeds=flat_embeds, position_ids=flat_position_ids, **kwargs)
+        state = _pooled(outputs.last_hidden_state, flat_mask, self.config.classifier_pooling, flat_position_ids)
         logits = self.score(state).view(-1, choices)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return MultipleChoiceModelOutput(loss, logits, outputs.hidden_states, outputs.attentions)

@@ -82,7 +82,7 @@ def states_of_decoders(ours, source, ids):
 
 @torch.no_grad()
 def states_of_encoders(ours, source, ids):
-    return ours.model(ids).last_hidden_state, source.base_model(ids).last_hidden_state
+    return ours.model(ids, is_causal=False).last_hidden_state, source.base_model(ids).last_hidden_state
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -182,12 +182,36 @@ def test_what_forward_cannot_read_is_refused(options, error, message):
         tiny_model()(**{"input_ids": IDS, **options})
 
 
-def test_texts_packed_in_a_row_are_refused_in_training():
-    """They would read one another; `generate` passes positions too, which count up."""
-    model, position_ids = tiny_model().train(), torch.arange(23).expand(2, -1)
-    model(IDS, position_ids=position_ids)
-    with pytest.raises(ValueError, match="must be one text in training, got position_ids that begin anew 2 times"):
+@pytest.mark.parametrize("training", [False, True])
+def test_texts_packed_in_a_row_are_refused(training):
+    """They would read one another."""
+    model, position_ids = tiny_model().train(training), torch.arange(23).expand(2, -1)
+    with pytest.raises(ValueError, match=r"one text, whose position_ids rise by one .* got \[11, 0\] after 12 tokens"):
         model(IDS, position_ids=position_ids % 12)
+    packed = {"cu_seq_lens_q": torch.tensor([0, 12, 23]), "max_length_q": 12}
+    with pytest.raises(ValueError, match=r"one text, got packed ones \(cu_seq_lens_q, max_length_q\); packing=False"):
+        model(IDS, **packed)
+    with pytest.raises(ValueError, match=r"position_ids must be \[2, 23\] or \[1, 23\], got \[2, 22\]"):
+        model(IDS, position_ids=position_ids[:, 1:])
+
+
+def test_position_ids_that_count_the_tokens_of_a_row_change_nothing():
+    model, mask = tiny_model(), torch.ones(2, 23, dtype=torch.long)
+    mask[1, :5] = 0
+    expected = model(IDS, attention_mask=mask).logits
+    plain = (mask.cumsum(1) - 1).masked_fill(mask == 0, 0)
+    assert (model(IDS, attention_mask=mask, position_ids=plain).logits - expected).abs().max() == 0
+    assert (model(IDS, position_ids=torch.arange(23)[None]).logits - model(IDS).logits).abs().max() == 0
+
+
+def test_shifted_labels_are_labels():
+    model = tiny_model()
+    shifted = torch.nn.functional.pad(IDS[:, 1:], (0, 1), value=-100)
+    expected = model(IDS, labels=IDS).loss
+    assert abs(model(IDS, shift_labels=shifted).loss - expected) < 1e-6
+    assert abs(model(IDS, labels=IDS, shift_labels=shifted).loss - expected) < 1e-6
+    # control: they are not shifted once more
+    assert abs(model(IDS, shift_labels=IDS).loss - expected) > 1e-3
 
 
 def test_only_the_last_logits_or_chosen_ones_are_computed():

@@ -101,7 +101,7 @@ def test_what_is_no_text_is_refused_before_any_work(model, monkeypatch, fields, 
     with pytest.raises(ValueError, match=message):
         model(IDS, **fields)
     with pytest.raises(ValueError, match=message):
-        model.model(IDS, **fields)
+        model.model(IDS, is_causal=False, **fields)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_what_is_no_text_is_refused_before_any_work(model, monkeypatch, fields, 
 )
 def test_what_is_a_text_passes(model, fields):
     """Control: each refused input has a neighbour that is none."""
-    assert model.model(IDS, **fields).last_hidden_state.isfinite().all()
+    assert model.model(IDS, is_causal=False, **fields).last_hidden_state.isfinite().all()
 
 
 @pytest.mark.parametrize(("token", "named"), [(23, 23), (-1, -1)])
@@ -174,11 +174,10 @@ def test_losses_need_horizons_that_form_blocks(model, horizon):
         model(IDS, positions=RANKS, horizon=rows(*horizon), labels=IDS)
 
 
-@pytest.mark.parametrize("token", [0, 1])
-def test_structure_as_a_label_is_refused_left_to_right(model, token):
+def test_structure_as_a_label_is_refused_left_to_right(model):
     labels = IDS.clone()
-    labels[0, 2] = token
-    with pytest.raises(ValueError, match=rf"ids \[0, 1\] are structure and have probability 0, got label {token}"):
+    labels[0, 2] = 0
+    with pytest.raises(ValueError, match=r"ids \[0\] are structure and have probability 0, got label 0"):
         model(IDS, labels=labels)
     labels[0, 2] = 2  # EOS is STOP
     assert model(IDS, labels=labels).loss.isfinite()

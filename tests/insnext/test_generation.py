@@ -133,7 +133,7 @@ def test_after_reencoding_the_scores_are_those_of_the_text_given_at_once():
     running = draft.slot_scores(everything, stop)
     draft.encode_block(torch.tensor([0]), torch.tensor([0]))
     order = torch.tensor([twin.text])
-    fresh = MODEL.model(draft.texts()).last_hidden_state
+    fresh = MODEL.model(draft.texts(), is_causal=False).last_hidden_state
     assert (draft.left[0, order] - MODEL.slot_head.left_proj(fresh)).abs().max() < 1e-10
     assert (draft.slot_scores(everything, stop) - running).abs().max() > 1e-3
 

@@ -32,7 +32,7 @@ def seeded(seed=0):
 
 def hidden_of(model, ids, **fields):
     with torch.no_grad():
-        return model.model(ids, **fields).last_hidden_state
+        return model.model(ids, **{"is_causal": False, **fields}).last_hidden_state
 
 
 # one pass = many passes

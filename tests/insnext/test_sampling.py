@@ -86,7 +86,7 @@ def test_stop_ends_a_text_and_min_new_tokens_bars_it():
     stopping = tiny_model(0)
     with torch.no_grad():
         stopping.slot_head.stop_key.copy_(
-            stopping.slot_head.query_proj(stopping.model(PROMPT).last_hidden_state[0, -1]) * 50
+            stopping.slot_head.query_proj(stopping.model(PROMPT, is_causal=False).last_hidden_state[0, -1]) * 50
         )
     assert run(stopping, min_new_tokens=0).sequences.tolist() == PROMPT.tolist()
     for least in (1, 3):

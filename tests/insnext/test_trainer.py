@@ -344,7 +344,7 @@ def test_what_cannot_be_trained_on_is_refused(changed, message):
 
 
 @pytest.mark.parametrize(
-    ("label", "rule"), [(60, r"\[0, 60\) or -100, got label 60"), (-3, "got label -3"), (1, "structure")]
+    ("label", "rule"), [(60, r"\[0, 60\) or -100, got label 60"), (-3, "got label -3"), (0, "structure")]
 )
 def test_left_to_right_labels_outside_the_vocabulary_are_refused(label, rule):
     ids = torch.tensor([[1, 5, 6]])

@@ -59,7 +59,13 @@ def losses_and_gradients(model, inputs, implementation):
     torch.manual_seed(1)
     hidden = torch.randn(1, N, 64, device=DEVICE, dtype=model.dtype, requires_grad=True)
     interval = model.model.checked_interval(
-        None, (1, N), hidden.device, None, inputs["positions"], None, inputs["start"], inputs["horizon"], None, True
+        None,
+        (1, N),
+        hidden.device,
+        positions=inputs["positions"],
+        start=inputs["start"],
+        horizon=inputs["horizon"],
+        is_causal=True,
     )
     fields = [inputs.get(name) for name in ("labels", "stop_targets", "target_kinds", "unit_starts")]
     position, _, _ = slot_losses.insertion_losses(model, hidden, inputs["input_ids"], interval, Supervision(*fields))

@@ -1,0 +1,99 @@
+"""Trainers of TRL: what reads `forward` trains the model's own loss, what goes past it raises before a step."""
+
+import pytest
+import torch
+from datasets import Dataset
+from tiny_tokenizers import byte_tokenizer
+from transformers import Trainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from modeling_insnext import DrtConfig, DrtForCausalLM, InsNextConfig, InsNextForInsertionLM
+
+
+pytestmark = pytest.mark.outside
+
+TOKENIZER = byte_tokenizer(50)
+TEXTS = ["the old man and the sea", "a quick brown fox", "the lazy dog", "jumps over"]
+SHAPE = {
+    "vocab_size": len(TOKENIZER), "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
+OPTIONS = {"use_cpu": True, "report_to": [], "max_steps": 1, "save_strategy": "no", "logging_steps": 1, "bf16": False}
+
+
+class LeftToRightSFTTrainer(SFTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+def insnext():
+    torch.manual_seed(0)
+    return InsNextForInsertionLM(InsNextConfig(**SHAPE, num_hidden_layers=2))
+
+
+def drt():
+    torch.manual_seed(0)
+    groups = {"num_lower_layers": 1, "retrieval_groups": [1], "chunk_size": 4, "sliding_window": 16}
+    return DrtForCausalLM(DrtConfig(**SHAPE, **groups, num_retrieved_chunks=2))
+
+
+def sft(trainer_class, model, folder, **options):
+    rows = Dataset.from_dict({"text": TEXTS})
+    arguments = SFTConfig(str(folder), per_device_train_batch_size=len(TEXTS), max_length=64, **OPTIONS, **options)
+    return trainer_class(model, arguments, train_dataset=rows, processing_class=TOKENIZER)
+
+
+def first_loss(trainer):
+    trainer.train()
+    return trainer.state.log_history[0]["loss"]
+
+
+def forward_loss(model, trainer):
+    batch = next(iter(trainer.get_train_dataloader()))
+    with torch.no_grad():
+        return float(model(**batch, use_cache=False).loss)
+
+
+def test_sft_of_insnext_raises_and_names_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="trl >= 1.7.*train on the loss of forward"):
+        sft(SFTTrainer, insnext(), tmp_path).train()
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}], ids=str)
+def test_sft_of_insnext_through_forward_is_the_loss_of_forward(tmp_path, options):
+    model = insnext()
+    trainer = sft(LeftToRightSFTTrainer, model, tmp_path, **options)
+    assert first_loss(trainer) == pytest.approx(forward_loss(insnext(), trainer), rel=1e-4)
+
+
+def test_sft_of_drt_is_the_loss_of_forward(tmp_path):
+    model = drt()
+    trainer = sft(SFTTrainer, model, tmp_path)
+    assert first_loss(trainer) == pytest.approx(forward_loss(drt().train(), trainer), rel=1e-4)
+
+
+def test_packed_rows_of_drt_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="a row must be one text, got packed ones.*packing=False"):
+        sft(SFTTrainer, drt(), tmp_path, packing=True).train()
+
+
+def dpo(make_model, folder):
+    rows = Dataset.from_dict({"prompt": ["the old"], "chosen": [" man"], "rejected": [" dog"]})
+    arguments = DPOConfig(str(folder), per_device_train_batch_size=1, **OPTIONS)
+    return DPOTrainer(make_model(), make_model(), args=arguments, train_dataset=rows, processing_class=TOKENIZER)
+
+
+def test_dpo_of_insnext_raises_and_names_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="trl >= 1.7.*train on the loss of forward"):
+        dpo(insnext, tmp_path).train()
+
+
+def test_dpo_of_drt_reports_the_log_probability_that_forward_gives(tmp_path):
+    trainer = dpo(drt, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.train()
+    ids, mask = batch["input_ids"][:1], batch["attention_mask"][:1]
+    with torch.no_grad():
+        log_p = drt()(ids, attention_mask=mask).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+    expected = float(log_p[batch["completion_mask"][0, 1:].bool()].sum())
+    assert trainer.state.log_history[0]["logps/chosen"] == pytest.approx(expected, rel=1e-4)
