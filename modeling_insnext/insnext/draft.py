@@ -130,6 +130,11 @@ class Draft:
         out = self.ids.new_full((len(self), total + 1), self.pad)
         return out.scatter(1, place, self.ids[:, :width])[:, :total]
 
+    def texts_as_lists(self, rows: torch.Tensor) -> list[list[int]]:
+        """Return the tokens of some texts, left to right, without padding."""
+        place = zip(self.texts()[rows], self.margins[rows].tolist(), self.lengths[rows].tolist(), strict=True)
+        return [text[margin : margin + length].tolist() for text, margin, length in place]
+
     def write(self, slots: torch.Tensor, tokens: torch.Tensor, acts: torch.Tensor) -> None:
         """Write a token into a slot of each row that acts; it is not encoded yet.
 

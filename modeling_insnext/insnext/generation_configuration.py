@@ -8,6 +8,7 @@ overrules a checkpoint that sets `ebr=True`, and a field that nobody set has its
 import copy
 import difflib
 import math
+import numbers
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -55,7 +56,6 @@ MEANINGLESS = {
     "begin_suppress_tokens": "no step is the first of the text; use suppress_tokens",
     "min_length": STOPS,
     "exponential_decay_length_penalty": STOPS,
-    "stop_strings": "the text does not grow at its end; use stopping_criteria",
     "guidance_scale": "there is no prompt to leave out; use temperature",
     "num_beam_groups": "use num_beams",
     "diversity_penalty": "use num_return_sequences with do_sample=True",
@@ -86,6 +86,24 @@ NEUTRAL = {
     "guidance_scale": 1.0,
 }
 INSERTION_CACHES = (None, "dynamic", "static")
+# option -> what it acts with, and whether that is so
+NEEDS = {
+    "slot_temperature": ("do_sample=True", lambda config: config.do_sample),
+    "slot_top_p": ("do_sample=True", lambda config: config.do_sample),
+    "seed": ("do_sample=True", lambda config: config.do_sample),
+    "ebr_ratio": ("ebr=True", lambda config: config.ebr),
+    "ebr_window": ("ebr=True", lambda config: config.ebr),
+    "compile_config": ('cache_implementation="static"', lambda config: config.cache_implementation == "static"),
+}
+# arguments that models elsewhere take -> why there is nothing to take here
+NO_ARGUMENT = {
+    "position_ids": "the positions follow from the canvas",
+    "cache_position": "the positions follow from the canvas",
+    "past_key_values": "generate makes its own cache; use forward to encode with one",
+    "inputs_embeds": "text is inserted by its tokens; use input_ids",
+    "token_type_ids": "the model has none",
+    "encoder_outputs": "there is no encoder",
+}
 
 
 def check_generation_kwargs(kwargs: Mapping[str, Any], allowed: Collection[str]) -> None:
@@ -105,6 +123,15 @@ def check_generation_kwargs(kwargs: Mapping[str, Any], allowed: Collection[str])
         )
 
 
+def asked_options(model_config: GenerationConfig, user_config: GenerationConfig | None, kwargs) -> set[str]:
+    """Return the names that one call sets, by `kwargs` or by a `user_config` that differs from the model's own."""
+    set_here = {} if user_config is None else user_config.to_dict()
+    asked = {
+        name for name, value in set_here.items() if value is not None and value != getattr(model_config, name, None)
+    }
+    return asked | {name for name, value in kwargs.items() if value is not None}
+
+
 def merge_generation_configs(
     model_config: "InsertionGenerationConfig",
     user_config: GenerationConfig | None = None,
@@ -120,8 +147,14 @@ def merge_generation_configs(
         kwargs: Everything else passed to `generate`.
 
     Raises:
+        TypeError: If `user_config` is no `GenerationConfig`.
         ValueError: If an option has a bad value or `user_config` carries an option that does not exist.
     """
+    if user_config is not None and not isinstance(user_config, GenerationConfig):
+        raise TypeError(
+            "generation_config must be a GenerationConfig, options of a dictionary go in as keyword arguments, got "
+            f"{type(user_config).__name__}"
+        )
     config = copy.deepcopy(model_config)
     user_options = {}
     if user_config is not None:
@@ -230,16 +263,18 @@ class InsertionGenerationConfig(GenerationConfig):
         Raises:
             ValueError: If an option has a bad value, or two contradict each other.
         """
-        for name in ("left_to_right", "ebr"):
+        for name in ("left_to_right", "ebr", "do_sample", "return_dict_in_generate"):
             _check(name, getattr(self, name), "True or False", lambda value: isinstance(value, bool))
-        for name in ("ebr_window", "parallel_slots", "slot_window", "num_beams", "num_return_sequences"):
+        for name in ("ebr_window", "parallel_slots", "slot_window", "num_beams", "num_return_sequences",
+                     "max_new_tokens", "max_length"):  # fmt: skip
             _check(name, getattr(self, name), "an integer of at least 1", lambda value: _is_int(value) and value >= 1)
-        for name in ("top_k", "min_new_tokens"):
+        for name in ("top_k", "min_new_tokens", "no_repeat_ngram_size", "pad_token_id"):
             _check(name, getattr(self, name), "an integer of at least 0", lambda value: _is_int(value) and value >= 0)
         _check(
             "ebr_ratio", self.ebr_ratio, "a finite number of at least 0", lambda value: _is_real(value) and value >= 0
         )
-        for name in ("temperature", "slot_temperature"):
+        _check("length_penalty", self.length_penalty, "a finite number", _is_real)
+        for name in ("temperature", "slot_temperature", "repetition_penalty", "max_time"):
             _check(name, getattr(self, name), "a finite number above 0", lambda value: _is_real(value) and value > 0)
         for name in ("top_p", "slot_top_p"):
             _check(name, getattr(self, name), "in (0, 1]", lambda value: _is_real(value) and 0 < value <= 1)
@@ -256,8 +291,11 @@ class InsertionGenerationConfig(GenerationConfig):
             )
         super().validate(*args, **kwargs)
 
-    def validate_for_insertion(self) -> None:
-        """Refuse options of `GenerationConfig` that mean nothing when a token may go anywhere in the text.
+    def validate_for_insertion(self, asked: Collection[str] = ()) -> None:
+        """Refuse options that mean nothing when a token may go anywhere in the text, or nothing beside the others.
+
+        Args:
+            asked: Names that this call sets, see `asked_options`; a checkpoint's own settings may rest.
 
         Raises:
             ValueError: If one of them is set to something else than its neutral value.
@@ -267,6 +305,10 @@ class InsertionGenerationConfig(GenerationConfig):
             value = getattr(self, name, None)
             if value is not None and value != neutral.get(name):
                 raise ValueError(f"{name}={value!r} has no meaning when text is inserted: {instead}")
+        for name, (needed, is_so) in NEEDS.items():
+            value = getattr(self, name)
+            if name in asked and value != INSERTION_DEFAULTS.get(name) and not is_so(self):
+                raise ValueError(f"{name}={value!r} has no effect without {needed}")
         if self.do_sample and (self.num_beams or 1) > 1:
             raise ValueError(
                 "beams look for the likeliest text, do_sample=True for another one: num_beams > 1 needs "
@@ -282,7 +324,7 @@ class InsertionGenerationConfig(GenerationConfig):
         """Refuse insertion options that mean nothing left to right.
 
         Args:
-            options: Names the user passed to this call; a checkpoint's own settings do not count.
+            options: Names that this call sets, see `asked_options`; a checkpoint's own settings may rest.
 
         Raises:
             ValueError: If one of `options` is an insertion option that is set to something else than its default.
@@ -298,6 +340,8 @@ def _is_metadata(name: str) -> bool:
 
 
 def _suggestion(name: str, allowed: Collection[str]) -> str:
+    if name in NO_ARGUMENT:
+        return f": {NO_ARGUMENT[name]}"
     near = difflib.get_close_matches(name, sorted(allowed), n=1)
     return f", did you mean {near[0]!r}?" if near else ""
 
@@ -308,11 +352,11 @@ def _check(name: str, value: Any, rule: str, holds) -> None:
 
 
 def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_seed(value: Any) -> bool:

@@ -14,22 +14,27 @@ import torch
 from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 from transformers.generation import MaxTimeCriteria
 
+from .bans import Bans
 from .budget import Budget
 from .canvas import Canvas
 from .canvas_text import build_canvas
 from .draft import Draft
 from .generation_configuration import (
     InsertionGenerationConfig,
+    asked_options,
     check_generation_kwargs,
     merge_generation_configs,
 )
-from .output import InsertionGenerateOutput
+from .output import InsertionGenerateOutput, stop_strings
 from .step import TokenRules
 from .write_beam import write_beams
 from .write_sample import write_sample
 
 
 ONLY_LEFT_TO_RIGHT = ("assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
+
+# the first two are kept by STOP, the others by `Bans`, which look to both sides of a slot
+NOT_BY_PROCESSORS = {"min_new_tokens", "min_length", "bad_words_ids", "sequence_bias", "no_repeat_ngram_size"}
 
 
 class InsertionGenerationMixin(GenerationMixin):
@@ -166,8 +171,10 @@ class InsertionGenerationMixin(GenerationMixin):
                 work.
         """
         config, fields = merge_generation_configs(self.generation_config, generation_config, **kwargs)
+        asked = asked_options(self.generation_config, generation_config, kwargs)
+        self._check_special_tokens(config)
         if config.left_to_right:
-            config.validate_for_left_to_right(kwargs.keys())
+            _check_left_to_right(config, asked)
             return super().generate(
                 inputs,
                 generation_config=generation_config,
@@ -178,12 +185,15 @@ class InsertionGenerationMixin(GenerationMixin):
                 streamer=streamer,
                 **kwargs,
             )
-        self._check_options(config, fields, generation_config, kwargs)
-        canvas = self._given_canvas(inputs, fields)
+        tokenizer = fields.pop("tokenizer", None)
+        self._check_options(config, fields, generation_config, asked, synced_gpus)
+        bans = Bans(config, self.config.vocab_size)
+        canvas = bans.with_minima(self._given_canvas(inputs, fields))
         budget = Budget.resolve(canvas, config, self.config)
-        _check_streamer(streamer, canvas, config)
+        _check_texts(streamer, canvas, config)
+        stops = stop_strings(config, tokenizer, canvas)
         processors = self._token_processors(config, logits_processor, canvas)
-        rules = TokenRules(canvas.continuation_mask, processors, prefix_allowed_tokens_fn)
+        rules = TokenRules(canvas.continuation_mask, processors, bans, prefix_allowed_tokens_fn)
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if config.max_time is not None:
             criteria.append(MaxTimeCriteria(config.max_time))
@@ -193,20 +203,34 @@ class InsertionGenerationMixin(GenerationMixin):
             output = write_beams(draft, config, rules, criteria)
         else:
             output = write_sample(draft, config, rules, criteria, streamer)
+        if stops is not None:
+            output.cut(stops, canvas.lengths, draft.pad)
         if streamer is not None:
             streamer.put(output.sequences[:, shown:].cpu())
             streamer.end()
         return output if config.return_dict_in_generate else output.sequences
 
-    def _check_options(self, config, fields, generation_config, kwargs) -> None:
+    def _check_special_tokens(self, config) -> None:
+        if config.pad_token_id is not None and config.pad_token_id >= self.config.vocab_size:
+            raise ValueError(f"pad_token_id must be in [0, {self.config.vocab_size}), got {config.pad_token_id}")
+
+    def _check_options(self, config, fields, generation_config, asked, synced_gpus) -> None:
         """Refuse what means nothing when text is inserted."""
-        for name in ONLY_LEFT_TO_RIGHT:
-            if fields.pop(name, None) is not None:
+        for name, value in {**{name: fields.pop(name, None) for name in ONLY_LEFT_TO_RIGHT},
+                            "synced_gpus": synced_gpus or None}.items():  # fmt: skip
+            if value is not None:
                 raise ValueError(f"{name} needs left_to_right=True")
-        check_generation_kwargs(fields, {*Canvas.field_names(), *config.option_names()})
-        if all(length is None for length in (kwargs.get("max_length"), self.generation_config.max_length)):
-            config.max_length = getattr(generation_config, "max_length", None)
-        config.validate_for_insertion()
+        check_generation_kwargs(fields, {*Canvas.field_names(), *config.option_names(), "tokenizer"})
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(config, name)
+            if name in asked and value not in (getattr(self.generation_config, name), getattr(self.config, name)):
+                raise ValueError(
+                    f"{name}={value!r} has no effect when text is inserted: a canvas brings its BOS, and a text ends "
+                    "when STOP is chosen; use stop_strings or stopping_criteria"
+                )
+        if "max_length" not in asked and self.generation_config.max_length is None:
+            config.max_length = None
+        config.validate_for_insertion(asked)
 
     def _given_canvas(self, inputs, fields) -> Canvas:
         if (inputs is None) == (fields.get("input_ids") is None):
@@ -217,11 +241,11 @@ class InsertionGenerationMixin(GenerationMixin):
         return canvas.to(self.device)
 
     def _token_processors(self, config, processors, canvas):
-        """Return Transformers' own processors for these options, without those that speak of EOS."""
+        """Return Transformers' own processors for these options, without those that speak of EOS or look left only."""
         plain = InsertionGenerationConfig(**{
             name: value
             for name, value in config.to_dict().items()
-            if name in config.option_names() and name not in ("min_new_tokens", "min_length") and value is not None
+            if name in config.option_names() - NOT_BY_PROCESSORS and value is not None
         })  # fmt: skip
         self._prepare_special_tokens(plain, kwargs_has_attention_mask=True, device=self.device)
         return self._get_logits_processor(
@@ -234,12 +258,28 @@ class InsertionGenerationMixin(GenerationMixin):
         )
 
 
-def _check_streamer(streamer, canvas: Canvas, config) -> None:
-    if streamer is not None and config.num_beams > 1:
-        raise ValueError(f"a streamer shows one text as it grows, num_beams={config.num_beams} grow at once")
+def _check_left_to_right(config, asked) -> None:
+    config.validate_for_left_to_right(asked)
+    for name in sorted(Canvas.field_names() - {"input_ids", "attention_mask"}):
+        if name in asked:
+            raise ValueError(
+                f"{name} belongs to a canvas, which is filled by insertion: drop left_to_right=True, or give "
+                "input_ids and attention_mask alone"
+            )
+
+
+def _check_texts(streamer, canvas: Canvas, config) -> None:
+    """Check what depends on the number of texts."""
     texts = canvas.rows * config.num_return_sequences
-    if isinstance(streamer, TextStreamer) and texts > 1:
-        raise ValueError(f"a TextStreamer shows one text, got {texts}")
+    if streamer is not None:
+        if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise TypeError(f"a streamer has the methods put and end, got {type(streamer).__name__}")
+        if config.num_beams > 1:
+            raise ValueError(f"a streamer shows one text as it grows, num_beams={config.num_beams} grow at once")
+        if isinstance(streamer, TextStreamer) and texts > 1:
+            raise ValueError(f"a TextStreamer shows one text, got {texts}")
+    if isinstance(config.seed, (list, tuple)) and len(config.seed) != texts:
+        raise ValueError(f"seed must be an integer or one for each of the {texts} texts, got {len(config.seed)}")
 
 
 def _put_prompt(streamer, draft: Draft, canvas: Canvas) -> int:

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from transformers.generation import StopStringCriteria
 from transformers.utils import ModelOutput
 
+from .canvas import Canvas
 from .draft import Draft
 from .trace import InsertionTrace
 
@@ -30,9 +32,51 @@ class InsertionGenerateOutput(ModelOutput):
     reencoded_at: list[list[int]] | None = None
     sequences_scores: torch.FloatTensor | None = None
 
+    def cut(self, stops: StopStringCriteria, given: torch.Tensor, pad: int) -> None:
+        """Drop of every text what stands right of the first stop string, read from the left behind the given tokens.
+
+        Args:
+            stops: Says whether a text ends with a stop string.
+            given: int64, given tokens of each canvas, which stand first.
+            pad: What stands in the place of the dropped tokens.
+        """
+        copies = len(self.sequences) // len(given)
+        for row, ids in enumerate(self.sequences):
+            places = (self.insertion_steps[row] != -2).nonzero().squeeze(1)
+            for place in places[int(given[row // copies]) :].tolist():
+                if bool(stops(ids[None, : place + 1], None)[0]):
+                    self.sequences[row, place + 1 :], self.insertion_steps[row, place + 1 :] = pad, -2
+                    break
+        width = int((self.insertion_steps != -2).any(0).nonzero().max()) + 1
+        self.sequences, self.insertion_steps = self.sequences[:, :width], self.insertion_steps[:, :width]
+
     def trace(self, tokenizer, row: int = 0) -> InsertionTrace:
         """Return how the text of a row grew, to be shown in a terminal or saved as a page."""
         return InsertionTrace.from_output(self, tokenizer, row)
+
+
+def stop_strings(config, tokenizer, canvas: Canvas) -> StopStringCriteria | None:
+    """Return what finds the stop strings of a `generate` call in a finished text, None if there are none.
+
+    Raises:
+        ValueError: If there is no tokenizer, or more than the end of a prompt is open, or there are beams.
+    """
+    if config.stop_strings is None:
+        if tokenizer is not None:
+            raise ValueError("tokenizer is read with stop_strings only, got it alone")
+        return None
+    if tokenizer is None:
+        raise ValueError("stop_strings needs tokenizer=..., which reads them")
+    if config.num_beams > 1:
+        raise ValueError(f"stop_strings cut a text once it is finished and ranked, got num_beams={config.num_beams}")
+    last_BT = torch.arange(canvas.slot_mask.shape[1], device=canvas.slot_mask.device) == canvas.lengths[:, None] - 1
+    inside_BT = canvas.slot_mask & ~last_BT
+    if bool(inside_BT.any()):
+        raise ValueError(
+            "stop_strings cut what stands right of them, so nothing given may: only the last slot may be open, row "
+            f"{int(inside_BT.nonzero()[0, 0])} has others; use stopping_criteria"
+        )
+    return StopStringCriteria(tokenizer, config.stop_strings)
 
 
 def finished_row(draft: Draft, row: int) -> dict:

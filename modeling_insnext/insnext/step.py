@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from transformers import LogitsProcessorList
 
+from .bans import Bans
 from .draft import Draft
 
 
@@ -23,11 +24,13 @@ class TokenRules(NamedTuple):
     Attributes:
         continuation_mask: bool `[V]`, pieces that glue to the word on their left; barred right of a given word.
         processors: Processors of the token scores.
+        bans: Sequences that are barred or biased.
         allowed_tokens: `prefix_allowed_tokens_fn`, or None.
     """
 
     continuation_mask: torch.Tensor
     processors: LogitsProcessorList
+    bans: Bans
     allowed_tokens: Callable[[int, torch.Tensor], list[int]] | None = None
 
 
@@ -46,6 +49,9 @@ def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: T
     states = model.slot_head.token_state(draft.slots[rows, slots[rows]], draft.state[rows])
     scores = model.token_logits(states)
     scores = scores.masked_fill(draft.words_end[rows, slots[rows]][:, None] & rules.continuation_mask, -torch.inf)
+    if rules.bans.acts and len(rows):
+        texts = zip(scores, draft.texts_as_lists(rows), draft.ranks[rows, slots[rows]].tolist(), strict=True)
+        scores = torch.stack([rules.bans.add_to(scores_V, text, rank + 1) for scores_V, text, rank in texts])
     scores_RV = scores.new_zeros(len(draft), scores.shape[1]).index_copy(0, rows, scores)
     if rules.processors or rules.allowed_tokens is not None:
         seen = draft.around(torch.where(acts, slots, draft.last_slots()))

@@ -108,8 +108,8 @@ def write_beams(draft: Draft, config, rules: TokenRules, criteria) -> InsertionG
 
 def _texts(draft: Draft) -> list[tuple[int, ...]]:
     """Return of each row the canvas it belongs to and its text, in one tuple."""
-    rows = zip(draft.texts(), draft.origins, draft.margins, draft.lengths, strict=True)
-    return [(int(item), *text[margin : margin + length].tolist()) for text, item, margin, length in rows]
+    texts = draft.texts_as_lists(torch.arange(len(draft), device=draft.ids.device))
+    return [(item, *text) for item, text in zip(draft.origins.tolist(), texts, strict=True)]
 
 
 def _summed(texts: list[tuple], log_p: list[float]) -> dict[tuple, tuple[int, float]]:

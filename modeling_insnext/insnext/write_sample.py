@@ -3,6 +3,8 @@
 Shape suffixes: R rows, k slots a step, V vocabulary.
 """
 
+import hashlib
+
 import torch
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -34,15 +36,19 @@ class RowSampler:
     """Choose the largest of logits or, sampling, of logits plus Gumbel noise: k best are k draws without replacement.
 
     With seeds every row has a generator of its own, so that what is drawn for a row depends on nobody else.
+
+    Args:
+        rows: Number of texts.
+        do_sample: Whether to draw at all.
+        seed: One for all, from which each row's is made, or a list with one a row; None: the global generator.
+        device: Where to draw.
     """
 
     def __init__(self, rows: int, do_sample: bool, seed: int | list[int] | None, device):
         self.do_sample = do_sample
         self.generators = None
         if seed is not None and do_sample:
-            seeds = [seed + row for row in range(rows)] if isinstance(seed, int) else seed
-            if len(seeds) != rows:
-                raise ValueError(f"seed must be an integer or one for each of the {rows} texts, got {len(seeds)}")
+            seeds = [row_seed(seed, row) for row in range(rows)] if isinstance(seed, int) else seed
             self.generators = [torch.Generator(device).manual_seed(s) for s in seeds]
 
     def noise(self, scores: torch.Tensor, lengths: list[int]) -> torch.Tensor:
@@ -55,6 +61,12 @@ class RowSampler:
         for row, length in enumerate(lengths):
             noise[row, :length].exponential_(generator=self.generators[row]).log_().neg_()
         return noise
+
+
+def row_seed(seed: int, row: int) -> int:
+    """Return the seed of one row of a batch, a hash of both numbers: no two batches share the draws of a row."""
+    digest = hashlib.sha256(f"{seed} {row}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def choose_slots(draft: Draft, sampler: RowSampler, config) -> tuple[torch.Tensor, torch.Tensor]:
