@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from clean_process import run_clean
 
 from modeling_insnext import DrtConfig, InsNextConfig
+from tests.support.clean_process import run_clean
 
 
 peft = pytest.importorskip("peft")

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_conversion import random_ids, source_model
-from test_layers_in_insnext import encoder
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from conversion import convert, from_gpt2, from_llama, from_modernbert, from_roberta
 from conversion.checkpoint import check_folder, read_tensors
 from conversion.folders import OF_THE_SOURCE
+from tests.support.sources import encoder, random_ids, source_model
 
 
 ROOT = Path(__file__).parents[2]

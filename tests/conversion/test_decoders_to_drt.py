@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers_conversion import CHUNKS, DECODERS, SMALL, exact, random_ids, shaken, source_model, worst
 from transformers import AutoModelForCausalLM, MistralConfig, Qwen2Config
 
 from conversion.checkpoint import expected_shapes
@@ -10,6 +9,8 @@ from conversion.convert import convert_back, convert_tensors, with_prefix
 from conversion.from_gpt2 import FAMILY as GPT2
 from conversion.from_llama import FAMILY as LLAMA
 from modeling_insnext import ChunkMemoryCache, DrtForCausalLM
+from tests.support.equality import difference
+from tests.support.sources import CHUNKS, DECODERS, SMALL, exact, random_ids, shaken, source_model
 
 
 CLOSE = 1e-9
@@ -40,17 +41,17 @@ def logits_of(model, ids, mask=None):
 def test_a_decoder_as_drt_is_the_same_function(name, options):
     source, ids = exact(source_model(name)), random_ids(2, 40)
     drt = as_drt(source, name, **options)
-    assert worst(logits_of(drt, ids), logits_of(source, ids)) < CLOSE
+    assert difference(logits_of(drt, ids), logits_of(source, ids)) < CLOSE
     # with eight chunks, of which two are read: once retrieval says something, it is another function
     torch.nn.init.normal_(drt.model.layers[-1].cross_attn.o_proj.weight)
-    assert worst(logits_of(drt, ids), logits_of(source, ids)) > 1e-3
+    assert difference(logits_of(drt, ids), logits_of(source, ids)) > 1e-3
 
 
 @every_decoder
 def test_a_source_as_it_is_differs_by_its_own_float32(name):
     """Transformers rounds RMSNorms and rotary tables to float32 in any model; GPT-2 has neither."""
     source, ids = source_model(name), random_ids(2, 40)
-    error = worst(logits_of(as_drt(source, name), ids), logits_of(source, ids))
+    error = difference(logits_of(as_drt(source, name), ids), logits_of(source, ids))
     assert error < (CLOSE if name == "gpt2" else 1e-4)
     assert (error > 1e-9) == (name != "gpt2")
 
@@ -61,14 +62,14 @@ def test_padded_rows_token_by_token_and_in_segments_are_the_source(name):
     drt, mask = as_drt(source, name), torch.ones(2, 30, dtype=torch.long)
     mask[1, :11] = 0
     expected, real = logits_of(source, ids, mask), mask.bool()
-    assert worst(logits_of(drt, ids, mask)[real], expected[real]) < CLOSE
+    assert difference(logits_of(drt, ids, mask)[real], expected[real]) < CLOSE
     for step in (1, 7):
         past, logits = ChunkMemoryCache(drt.config), []
         with torch.no_grad():
             for column in range(0, 30, step):
                 end = min(column + step, 30)
                 logits.append(drt(ids[:, column:end], mask[:, :end], past_key_values=past).logits)
-        assert worst(torch.cat(logits, 1)[real], expected[real]) < CLOSE
+        assert difference(torch.cat(logits, 1)[real], expected[real]) < CLOSE
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -84,7 +85,9 @@ def test_the_window_of_mistral_is_the_window():
     drt = as_drt(source, "mistral")
     assert drt.config.sliding_window == source.config.sliding_window == 9
     for wrong in (8, 10):
-        assert worst(logits_of(as_drt(source, "mistral", sliding_window=wrong), ids), logits_of(source, ids)) > 1e-6
+        assert (
+            difference(logits_of(as_drt(source, "mistral", sliding_window=wrong), ids), logits_of(source, ids)) > 1e-6
+        )
 
 
 @every_decoder
@@ -137,7 +140,7 @@ def test_a_field_that_the_type_ignores_is_ignored(name):
     config = type(DECODERS[name])(**{**DECODERS[name].to_dict(), **STRAY[name]})
     source, ids = exact(shaken(AutoModelForCausalLM.from_config(config))), random_ids(2, 40)
     assert {getattr(config, field) for field in STRAY[name] if field != "layer_types"} <= {9, True, False}
-    assert worst(logits_of(as_drt(source, name), ids), logits_of(source, ids)) < CLOSE
+    assert difference(logits_of(as_drt(source, name), ids), logits_of(source, ids)) < CLOSE
 
 
 def test_layers_of_a_window_without_a_size_are_refused():
@@ -151,7 +154,7 @@ def test_layers_outside_of_the_groups_are_lower_ones(groups):
     source, ids = exact(source_model("mistral")), random_ids(2, 40)
     drt = as_drt(source, "mistral", retrieval_groups=groups)
     assert (drt.config.num_lower_layers, drt.config.retrieval_groups) == (4 - sum(groups), groups)
-    assert worst(logits_of(drt, ids), logits_of(source, ids)) < CLOSE
+    assert difference(logits_of(drt, ids), logits_of(source, ids)) < CLOSE
 
 
 def test_the_plain_window_model_goes_back_whatever_its_window():

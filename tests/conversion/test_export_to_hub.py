@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_export import ARCHITECTURES, save_adapter, save_model, tiny_model, tiny_tokenizer
 from huggingface_hub import ModelCard
 from peft import IA3Config, LoraConfig
 from safetensors.torch import load_file, save_file
@@ -21,6 +20,8 @@ from modeling_insnext import (
     InsNextForMultipleChoice,
     InsNextForTokenClassification,
 )
+from tests.support.saved import MAKERS, save_adapter, save_model
+from tests.support.tokenizers import tiny_tokenizer
 
 
 FACTS = CardFacts("tester/tiny", license="apache-2.0")
@@ -36,7 +37,7 @@ RESULT = {
 BASE = "tester/base"
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=MAKERS)
 def architecture(request):
     return request.param
 
@@ -167,10 +168,10 @@ def test_a_folder_that_says_something_else_or_lacks_code_is_noticed(architecture
     folder = save_model(architecture, tmp_path / "source")
     tokenizer = tiny_tokenizer()
     with pytest.raises(VerificationError, match="with other logits, tokens$"):
-        verify(tiny_model(architecture, seed=1), tokenizer, "AutoModelForCausalLM", folder)
+        verify(MAKERS[architecture](seed=1), tokenizer, "AutoModelForCausalLM", folder)
     (folder / f"configuration_{architecture}.py").unlink()
     with pytest.raises(VerificationError, match=f"does not load(.|\n)*configuration_{architecture}.py"):
-        verify(tiny_model(architecture), tokenizer, "AutoModelForCausalLM", folder)
+        verify(MAKERS[architecture](), tokenizer, "AutoModelForCausalLM", folder)
 
 
 def test_a_folder_that_fails_the_verification_is_not_left_behind(tmp_path, monkeypatch):
@@ -190,7 +191,7 @@ def test_a_folder_that_fails_the_verification_is_not_left_behind(tmp_path, monke
 def test_the_probe_reaches_behind_the_window_where_drt_retrieves():
     config = DrtConfig.preset("small-x1")
     assert probe_ids(config).shape[1] > config.sliding_window + config.chunk_length
-    short = tiny_model("insnext", max_position_embeddings=20).config
+    short = MAKERS["insnext"](max_position_embeddings=20).config
     assert probe_ids(short).shape[1] + 8 <= short.max_position_embeddings
     assert probe_ids(short).min() > 2
 

@@ -5,8 +5,6 @@ import sys
 
 import pytest
 import torch
-from helpers_export import ARCHITECTURES, save_adapter, save_model, tiny_model, tiny_tokenizer
-from hub_stub import HubStub
 from huggingface_hub import constants
 from peft import PeftModel
 from safetensors.torch import load, save
@@ -14,6 +12,9 @@ from safetensors.torch import load, save
 from conversion.publishing.card import CardFacts
 from conversion.publishing.export import main, push, read, write
 from conversion.publishing.verification import VerificationError, verify
+from tests.support.hub_stub import HubStub
+from tests.support.saved import MAKERS, save_adapter, save_model
+from tests.support.tokenizers import tiny_tokenizer
 
 
 PUSH = """
@@ -46,7 +47,7 @@ def reach(monkeypatch, tmp_path):
     return point
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", MAKERS)
 def test_an_export_arrives_whole_and_says_the_same(architecture, tmp_path, reach, capsys):
     source = save_model(architecture, tmp_path / "source")
     adapter = save_adapter(architecture, tmp_path / "lora")
@@ -67,7 +68,7 @@ def test_an_export_arrives_whole_and_says_the_same(architecture, tmp_path, reach
             assert any(call.startswith(f"GET /{name}/resolve/{sha}/") and "safetensors" in call for call in hub.calls)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", MAKERS)
 def test_push_to_hub_of_transformers_and_peft_arrives_too(architecture, tmp_path, reach):
     source = save_model(architecture, tmp_path / "source")
     adapter = save_adapter(architecture, tmp_path / "lora")
@@ -76,9 +77,9 @@ def test_push_to_hub_of_transformers_and_peft_arrives_too(architecture, tmp_path
         command = [sys.executable, "-c", PUSH, str(source), str(adapter)]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        model, tokenizer = tiny_model(architecture), tiny_tokenizer()
+        model, tokenizer = MAKERS[architecture](), tiny_tokenizer()
         verify(model, tokenizer, "AutoModelForCausalLM", "tester/plain", offline=False)
-        adapted = PeftModel.from_pretrained(tiny_model(architecture), adapter).eval()
+        adapted = PeftModel.from_pretrained(MAKERS[architecture](), adapter).eval()
         verify(adapted, tokenizer, "AutoModelForCausalLM", "tester/adapter", base="tester/plain", offline=False)
         # control: without the adapter it says something else
         with pytest.raises(VerificationError, match="with other logits"):

@@ -4,8 +4,6 @@ import types
 
 import pytest
 import torch
-from helpers_conversion import DECODERS, exact, random_ids, shaken, source_model, worst
-from transformers import AutoModelForMaskedLM, ModernBertConfig, RobertaConfig
 from transformers.models.modernbert import modeling_modernbert
 
 from conversion.convert import convert_tensors
@@ -15,30 +13,12 @@ from conversion.from_modernbert import FAMILY as MODERNBERT
 from conversion.from_roberta import FAMILY as ROBERTA
 from modeling_insnext import InsNextForInsertionLM
 from modeling_insnext.insnext import modeling_insnext
+from tests.support.equality import difference
+from tests.support.sources import DECODERS, ENCODERS, encoder, exact, random_ids, source_model
 
 
 CLOSE = 1e-9
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 66,
-}
-SPECIAL = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
-MODERN = {**SMALL, **SPECIAL, "cls_token_id": 0, "sep_token_id": 2, "local_attention": 40, "norm_bias": False}
-ENCODERS = {
-    "roberta": RobertaConfig(**SMALL, **SPECIAL, type_vocab_size=1),
-    "modernbert": ModernBertConfig(**MODERN),
-    "modernbert_biased": ModernBertConfig(**{**MODERN, "norm_bias": True}, attention_bias=True, mlp_bias=True),
-}
 FAMILIES = {"gpt2": GPT2, "roberta": ROBERTA, "modernbert": MODERNBERT, "modernbert_biased": MODERNBERT}
-
-
-def encoder(name):
-    torch.manual_seed(0)
-    return shaken(AutoModelForMaskedLM.from_config(ENCODERS[name]))
 
 
 def as_insnext(source, name):
@@ -89,9 +69,9 @@ def states_of_encoders(ours, source, ids):
 def test_a_decoder_without_positions_is_the_same_left_to_right(name, without_positions):
     source, ids = source_model(name), random_ids(2, 9)
     # control: with positions on both sides it is another function
-    assert worst(*states_of_decoders(as_insnext(source, name), source, ids)) > 1e-2
+    assert difference(*states_of_decoders(as_insnext(source, name), source, ids)) > 1e-2
     source = without_positions(source)
-    assert worst(*states_of_decoders(as_insnext(source, name), source, ids)) < CLOSE
+    assert difference(*states_of_decoders(as_insnext(source, name), source, ids)) < CLOSE
 
 
 def test_beyond_the_window_of_mistral_insnext_sees_more(without_positions):
@@ -104,16 +84,16 @@ def test_beyond_the_window_of_mistral_insnext_sees_more(without_positions):
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_without_positions_is_the_same(name, without_positions):
     source, ids = encoder(name), random_ids(2, 20)
-    assert worst(*states_of_encoders(as_insnext(source, name), source, ids)) > 1e-2
+    assert difference(*states_of_encoders(as_insnext(source, name), source, ids)) > 1e-2
     source = without_positions(source)
-    assert worst(*states_of_encoders(as_insnext(source, name), source, ids)) < CLOSE
+    assert difference(*states_of_encoders(as_insnext(source, name), source, ids)) < CLOSE
 
 
 def test_beyond_half_the_window_of_modernbert_insnext_sees_more(without_positions):
     source = without_positions(encoder("modernbert"))
     ours = as_insnext(source, "modernbert")
-    assert worst(*states_of_encoders(ours, source, random_ids(1, 21))) < CLOSE
-    assert worst(*states_of_encoders(ours, source, random_ids(1, 22))) > 1e-6
+    assert difference(*states_of_encoders(ours, source, random_ids(1, 21))) < CLOSE
+    assert difference(*states_of_encoders(ours, source, random_ids(1, 22))) > 1e-6
 
 
 def test_the_token_type_moves_all_logits_alike():
@@ -122,7 +102,7 @@ def test_the_token_type_moves_all_logits_alike():
     state = torch.randn(5, 32, dtype=torch.float64)
     words = source.roberta.embeddings.word_embeddings.weight
     assert kind.abs().max() > 0.1
-    assert worst((ours.lm_head(state)).softmax(-1), (state @ words.T).softmax(-1)) < CLOSE
+    assert difference((ours.lm_head(state)).softmax(-1), (state @ words.T).softmax(-1)) < CLOSE
 
 
 KIND = "roberta.embeddings.token_type_embeddings.weight"

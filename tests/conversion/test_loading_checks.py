@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from helpers_export import ARCHITECTURES, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.utils import logging
@@ -12,6 +11,7 @@ from transformers.utils import logging
 import modeling_insnext
 from modeling_insnext.drt.configuration_drt import CODE_VERSION as DRT_VERSION
 from modeling_insnext.insnext.configuration_insnext import CODE_VERSION as INSNEXT_VERSION
+from tests.support.saved import MAKERS
 
 
 NORM = "model.norm.weight"
@@ -41,9 +41,9 @@ FAULTS = [
 ]
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=MAKERS)
 def saved(request, tmp_path):
-    tiny_model(request.param).save_pretrained(tmp_path)
+    MAKERS[request.param]().save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -77,8 +77,8 @@ def test_the_code_has_the_version_of_the_package():
 def warnings(monkeypatch):
     """What the loggers of Transformers say, each message once."""
     said = []
-    for name in ARCHITECTURES:
-        logger = logging.get_logger(f"modeling_insnext.{name}.checkpoint_{name}")
+    for name in MAKERS:
+        logger = logging.get_logger(f"modeling_insnext.{name}.checkpoint")
         monkeypatch.setattr(logger, "warning", lambda message, *rest: said.append(message))
         logger.warning_once.__func__.cache_clear()
     return said

@@ -5,10 +5,7 @@ import pickle
 
 import pytest
 import torch
-from helpers_conversion import CHUNKS, source_model
 from safetensors.torch import load_file, save_file
-from test_layers_in_insnext import encoder
-from test_other_insertion_and_retrieval import ILM_CONFIG, UPSTREAM_CONFIG, ilm_tensors, laid_out, our_drt
 
 from conversion import checkpoint, convert
 from conversion.checkpoint import check_folder, check_tensors, expected_shapes, read_tensors, write_checkpoint
@@ -23,6 +20,14 @@ from conversion.from_upstream_drt import FAMILY as UPSTREAM
 from conversion.from_upstream_drt import UpstreamConfig
 from conversion.tables import apply_table, numbered, origins
 from modeling_insnext import DrtForCausalLM
+from tests.support.foreign import (
+    ILM_CONFIG,
+    UPSTREAM_CONFIG,
+    ilm_tensors,
+    laid_out,
+    our_drt,
+)
+from tests.support.sources import CHUNKS, encoder, source_model
 
 
 def case(name):

@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
-from helpers_drt import padded, random_ids, read, tiny_model, whole
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_insnext import ChunkMemoryCache
 from modeling_insnext.drt.cache import Tail
+from tests.support.drt import padded, random_ids, read, tiny_model, whole
 
 
 LOCATIONS = ("device", "host", "disk")

@@ -7,13 +7,13 @@ import resource
 
 import pytest
 import torch
-from helpers_drt import padded, random_ids, read, tiny_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modeling_insnext import ChunkMemoryCache
 from modeling_insnext.drt import cache_file
 from modeling_insnext.drt.cache_file import decoder_of, read_header, weights_digest
+from tests.support.drt import padded, random_ids, read, tiny_model
 
 
 LOCATIONS = ("device", "host", "disk")

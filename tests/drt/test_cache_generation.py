@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from helpers_drt import padded, random_ids, read, tiny_model, whole
 
 from modeling_insnext import ChunkMemoryCache
+from tests.support.drt import padded, random_ids, read, tiny_model, whole
 
 
 NEW = 8

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers_drt import random_ids, tiny_config, tiny_model, whole
 from transformers import AutoConfig
 
 from modeling_insnext import DrtConfig, DrtForCausalLM
 from modeling_insnext.drt.configuration_drt import PRESETS
+from tests.support.drt import random_ids, tiny_config, tiny_model, whole
 
 
 # parameters in all, without the chunk encoder, and of the sliding-window and the + 2 layers baseline;

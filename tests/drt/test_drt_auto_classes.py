@@ -4,8 +4,6 @@ import json
 
 import pytest
 import torch
-from helpers_drt import random_ids, tiny_config
-from helpers_drt_hub import small_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -16,6 +14,7 @@ from transformers import (
 
 from modeling_insnext import DrtConfig, DrtForCausalLM, DrtForSequenceClassification, DrtModel
 from modeling_insnext.drt import AUTO_CLASSES
+from tests.support.drt import random_ids, shipped_model, tiny_config
 
 
 IDS = random_ids(2, 33)
@@ -24,7 +23,7 @@ IDS = random_ids(2, 33)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = small_model()
+    model = shipped_model()
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(folder)
     return folder, model
@@ -60,7 +59,7 @@ def test_a_saved_model_gives_the_same_logits_bit_for_bit(checkpoint):
     assert equal_states(model.state_dict(), loaded.state_dict())
     assert torch.equal(read(loaded), read(model))
     # control: another seed is another model
-    assert not torch.equal(read(small_model(seed=1)), read(model))
+    assert not torch.equal(read(shipped_model(seed=1)), read(model))
 
 
 def test_the_generation_config_survives(checkpoint):
@@ -105,7 +104,7 @@ def test_a_head_gets_the_weights_of_the_language_model_and_a_new_classifier(chec
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_every_kind_of_model_survives_saving(changes, tmp_path):
-    model = small_model(**changes)
+    model = shipped_model(**changes)
     model.save_pretrained(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
@@ -113,7 +112,7 @@ def test_every_kind_of_model_survives_saving(changes, tmp_path):
 
 
 def test_the_frozen_vectors_of_a_fixed_retriever_are_saved_and_not_trained(tmp_path):
-    model = small_model(retriever="fixed")
+    model = shipped_model(retriever="fixed")
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     assert torch.equal(stored["model.bag_of_tokens"], model.model.bag_of_tokens)
@@ -169,19 +168,19 @@ def test_weights_that_are_no_numbers_are_refused(checkpoint, tmp_path):
 
 
 def test_new_weights_have_the_spread_of_the_config_and_nothing_is_left_empty():
-    model = small_model(landmark_source="cls", initializer_range=0.05)
+    model = shipped_model(landmark_source="cls", initializer_range=0.05)
     for name, weight in model.named_parameters():
         if "norm" in name:
             assert weight.eq(1).all(), name
         else:
             assert 0.5 < weight.std() / 0.05 < 1.5, name
     # a checkpoint of another model lacks what this one has: those weights are new, and drawn from the generator
-    assert 0.5 < small_model(initializer_range=0.05).model.landmark.std() / 0.05 < 1.5
+    assert 0.5 < shipped_model(initializer_range=0.05).model.landmark.std() / 0.05 < 1.5
 
 
 def test_a_model_with_a_landmark_is_made_of_one_without(tmp_path):
     """What a checkpoint does not have is drawn anew, and nothing is left uninitialised."""
-    small_model(retrieval_groups=[], num_lower_layers=4).save_pretrained(tmp_path)
+    shipped_model(retrieval_groups=[], num_lower_layers=4).save_pretrained(tmp_path)
     torch.manual_seed(3)
     model, report = AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True, retrieval_groups=[1, 1], num_lower_layers=2
@@ -203,7 +202,7 @@ def test_attention_can_be_chosen_at_load_time(checkpoint):
 
 
 def test_more_tokens_can_be_added(tmp_path):
-    model = small_model()
+    model = shipped_model()
     before = read(model)
     model.resize_token_embeddings(60)
     assert model.config.vocab_size == model.vocab_size == 60 and read(model).shape[-1] == 60

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from helpers_drt import random_ids, tiny_model, whole
-from helpers_drt_hub import small_model
 
 from modeling_insnext import DrtForCausalLM, DrtForSequenceClassification
+from tests.support.drt import random_ids, shipped_model, tiny_model, whole
 
 
 peft = pytest.importorskip("peft")
@@ -74,7 +73,7 @@ def test_adapters_alone_are_trained(reentrant):
 
 
 def test_a_classifier_takes_adapters():
-    model = small_model(DrtForSequenceClassification)
+    model = shipped_model(DrtForSequenceClassification)
     config = peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=["q_proj", "v_proj"])
     adapted_model = peft.get_peft_model(model, config)
     adapted_model(input_ids=IDS, labels=torch.tensor([0, 1])).loss.backward()

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from clean_process import run_clean
-from helpers_drt import random_ids
-from helpers_drt_hub import small_model, tiny_tokenizer
 
 import modeling_insnext
 from modeling_insnext import ChunkMemoryCache, DrtForSequenceClassification
 from modeling_insnext.drt import AUTO_CLASSES
 from modeling_insnext.drt.modeling_drt import AUTO_MAP
+from tests.support.clean_process import run_clean
+from tests.support.drt import random_ids, shipped_model
+from tests.support.tokenizers import tiny_tokenizer
 
 
 CODE = Path(modeling_insnext.__file__).parent / "drt"
@@ -95,10 +95,10 @@ print("FOUND" + json.dumps(found))
 def saved(tmp_path_factory):
     """The folder, the models saved in it, and what a clean process found there."""
     folder = tmp_path_factory.mktemp("remote")
-    model = small_model()
+    model = shipped_model()
     model.save_pretrained(folder / "lm")
     tiny_tokenizer().save_pretrained(folder / "lm")
-    head = small_model(DrtForSequenceClassification, num_labels=3)
+    head = shipped_model(DrtForSequenceClassification, num_labels=3)
     head.save_pretrained(folder / "head")
     arguments = (str(folder), json.dumps(IDS.tolist()), json.dumps([auto.__name__ for auto in AUTO_CLASSES]))
     done = run_clean("import torch\n" + inspect.getsource(observe) + IN_THE_CLEAN_PROCESS, folder, *arguments)
@@ -144,7 +144,7 @@ def test_the_clean_process_writes_the_same_texts_and_logits(saved, generation, t
     for name, value in ours.items():
         assert found[generation][name] == value, name
     # control: other weights write other texts
-    other = observe(small_model(seed=1), ChunkMemoryCache, IDS, tmp_path)
+    other = observe(shipped_model(seed=1), ChunkMemoryCache, IDS, tmp_path)
     assert all(other[name] != value for name, value in ours.items())
 
 

@@ -3,14 +3,14 @@
 import copy
 
 import pytest
-import quiet_training
 import torch
-from helpers_drt import random_ids, tiny_model
-from helpers_drt_hub import small_model, tiny_tokenizer
-from quiet_training import losses, weights
 from transformers import DataCollatorForLanguageModeling, Trainer
 
 from modeling_insnext import DrtForCausalLM, DrtForSequenceClassification
+from tests.support import quiet_training
+from tests.support.drt import random_ids, shipped_model, tiny_model
+from tests.support.quiet_training import losses, weights
+from tests.support.tokenizers import tiny_tokenizer
 
 
 LENGTHS = [14, 23, 32, 9, 27, 18, 30, 11]
@@ -34,7 +34,7 @@ def arguments(folder, **options):
 
 def make_trainer(folder, model=None, data=None, collate=None, eval_dataset=None, **options):
     return Trainer(
-        model=model or small_model(),
+        model=model or shipped_model(),
         args=arguments(folder, **options),
         train_dataset=texts() if data is None else data,
         eval_dataset=eval_dataset,
@@ -116,7 +116,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, reentrant):
 
 
 def test_checkpointed_layers_are_run_twice_and_a_cache_is_refused():
-    model = small_model(retrieval_groups=[], num_lower_layers=2).train()
+    model = shipped_model(retrieval_groups=[], num_lower_layers=2).train()
     model.gradient_checkpointing_enable()
     calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
@@ -133,7 +133,7 @@ def test_a_resumed_run_ends_where_the_whole_run_does(tmp_path, stop):
 
     def run(folder, seed, resume=None):
         options = {"per_device_train_batch_size": 3, "max_steps": 6, "save_strategy": "steps", "save_steps": stop}
-        trainer = make_trainer(folder, small_model(seed=seed, attention_dropout=0.1), **options)
+        trainer = make_trainer(folder, shipped_model(seed=seed, attention_dropout=0.1), **options)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -243,7 +243,7 @@ def test_training_compiles_with_inductor(changes):
 
 
 def test_bfloat16_is_close_and_trains():
-    model, ids = small_model(), random_ids(2, 40)
+    model, ids = shipped_model(), random_ids(2, 40)
     with torch.no_grad():
         expected = model(ids).logits
         half = copy.deepcopy(model).bfloat16()
@@ -257,7 +257,7 @@ def test_bfloat16_is_close_and_trains():
 
 
 def test_losses_without_a_supervised_token_do_no_harm():
-    model, ids = small_model(), random_ids(2, 20)
+    model, ids = shipped_model(), random_ids(2, 20)
     labels = torch.full_like(ids, -100)
     for count in (0, torch.tensor(0), torch.tensor(5)):
         output = model(ids, labels=labels, num_items_in_batch=count)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers_drt import random_ids, read, tiny_model
 
 from modeling_insnext import ChunkMemoryCache, DrtForCausalLM
 from modeling_insnext.drt import attention_triton
+from tests.support.drt import random_ids, read, tiny_model
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

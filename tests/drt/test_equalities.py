@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from helpers_drt import FORMS, padded, random_ids, read, tiny_model, whole
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,7 @@ from modeling_insnext import ChunkMemoryCache
 from modeling_insnext.drt import memory
 from modeling_insnext.drt.modeling_drt import DrtModel
 from modeling_insnext.drt.retrieval import best_chunks
+from tests.support.drt import FORMS, padded, random_ids, read, tiny_model, whole
 
 
 CLOSE = 1e-9
@@ -159,7 +159,7 @@ def test_lower_layers_suffice_for_what_no_last_position_sees(changes, last, monk
 @quick
 @given(configs(), st.lists(st.integers(1, 20), min_size=1, max_size=4), st.integers(0, 99))
 def test_any_shape_in_any_segments_is_one_pass(changes, lengths, seed):
-    model, ids = tiny_model(seed, **changes), random_ids(2, 35, seed)
+    model, ids = tiny_model(seed=seed, **changes), random_ids(2, 35, seed)
     assert worst(in_segments(model, ids, lengths), whole(model, ids)) < CLOSE
 
 
@@ -175,7 +175,7 @@ def masks(draw, rows=3, columns=30):
 @quick
 @given(configs(), masks(), st.lists(st.integers(1, 12), min_size=1, max_size=3), st.integers(0, 99))
 def test_holes_in_the_mask_are_as_if_they_were_not_there(changes, mask, lengths, seed):
-    model, ids = tiny_model(seed, **changes), random_ids(3, 30, seed)
+    model, ids = tiny_model(seed=seed, **changes), random_ids(3, 30, seed)
     together = whole(model, ids, mask)
     stepped = in_segments(model, ids, lengths, mask=mask)
     for row, real in enumerate(mask.bool()):
@@ -187,7 +187,7 @@ def test_holes_in_the_mask_are_as_if_they_were_not_there(changes, mask, lengths,
 @quick
 @given(configs(), st.integers(1, 60), st.lists(st.integers(1, 25), min_size=1, max_size=2), st.integers(0, 99))
 def test_any_shape_may_skip_upper_layers(changes, length, segments, seed):
-    model, ids = tiny_model(seed, **changes), random_ids(2, length + 1, seed)
+    model, ids = tiny_model(seed=seed, **changes), random_ids(2, length + 1, seed)
     past = model.prefill(ids[:, :-1], lower_only=True, segment_length=segments[0])
     assert worst(read(model, ids[:, -1:], past), whole(model, ids)[:, -1:]) < CLOSE
 

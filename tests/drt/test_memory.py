@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_drt import random_ids, read, tiny_model, whole
 
 from modeling_insnext import ChunkMemoryCache
 from modeling_insnext.drt import memory
@@ -24,6 +23,7 @@ from modeling_insnext.drt.memory import (
     map_chunks,
     wide_scores,
 )
+from tests.support.drt import random_ids, read, tiny_model, whole
 
 
 CHUNK = (2, 2, 5, 8)

@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from helpers_drt import FORMS, GPT2, ROPE, random_ids, read, tiny_config, tiny_model, whole
 
 from modeling_insnext import ChunkMemoryCache, DrtConfig, DrtForCausalLM
 from modeling_insnext.drt import modeling_drt, positions
 from modeling_insnext.drt.positions import rope_frequencies, rotary_table
+from tests.support.drt import FORMS, GPT2, ROPE, random_ids, read, tiny_config, tiny_model, whole
 
 
 LONG = 10_000_000

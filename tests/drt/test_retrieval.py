@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from helpers_drt import random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,6 +18,7 @@ from modeling_insnext.drt.retrieval import (
     grouped_cross_attention,
     gumbel_like,
 )
+from tests.support.drt import random_ids, tiny_model
 
 
 B, H, G, C, M, N, S, K, D = 2, 4, 2, 3, 2, 4, 3, 2, 4

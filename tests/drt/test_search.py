@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers_drt import padded, random_ids, read, tiny_model, whole
 
 from modeling_insnext import ChunkMemoryCache
 from modeling_insnext.drt import search as search_module
 from modeling_insnext.drt.memory import ChunkMemory
+from tests.support.drt import padded, random_ids, read, tiny_model, whole
 
 
 pytest.importorskip("faiss")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers_drt import FORMS, ROPE, random_ids, tiny_model, whole
-from twin_drt import brute_force_logits
 
 from modeling_insnext.drt import attention, layers, memory, modeling_drt
 from modeling_insnext.drt.retrieval import best_chunks
+from tests.support.drt import FORMS, ROPE, random_ids, tiny_model, whole
+from tests.support.twin_drt import brute_force_logits
 
 
 SMALL = {"hidden_size": 16, "intermediate_size": 20, "num_lower_layers": 1, "chunk_size": 3, "sliding_window": 6}

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.config import load_config_from_file
-from script_models import CLASSES, SHAPES, losses, row, tiny_tokenizer, weights
-from script_runner import EXAMPLES, FORKS, SCRIPTS, enter_group, free_port, run, run_group
+
+from tests.support.script_models import MAKERS, SHAPES, losses, row, weights, word_tokenizer
+from tests.support.script_runner import EXAMPLES, FORKS, SCRIPTS, enter_group, free_port, run, run_group
 
 
 # every chunk is retrieved, so that the noise on the choice, which each process draws for itself, changes nothing
@@ -25,7 +26,7 @@ CONFIGS = sorted((EXAMPLES / "accelerate").glob("*.yaml"))
 def home(tmp_path_factory) -> Path:
     folder, dice = tmp_path_factory.mktemp("accelerate"), random.Random(0)
     (folder / "train.jsonl").write_text("".join(json.dumps(row(dice)) + "\n" for _ in range(16)))
-    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    word_tokenizer().save_pretrained(folder / "tokenizer")
     return folder
 
 
@@ -43,7 +44,7 @@ def distance(first: Path, second: Path) -> float:
     return max(abs(a - b) / abs(b) for left, right in pairs for a, b in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("model_type", MAKERS)
 def test_two_gloo_processes_train_as_one(model_type, home, tmp_path):
     run("run_pretraining", arguments(home, model_type, tmp_path / "one", 4), tmp_path / "log")
     run_group("run_pretraining", arguments(home, model_type, tmp_path / "two", 2), tmp_path / "log")
@@ -68,9 +69,7 @@ def test_accelerate_launches_two_processes_that_train_as_one(home, tmp_path):
 
 
 def model_and_batch(model_type: str):
-    config_class, model_class = CLASSES[model_type]
-    torch.manual_seed(0)
-    model = model_class(config_class(**SHAPES[model_type], vocab_size=50)).train()
+    model = MAKERS[model_type](**SHAPES[model_type], vocab_size=50).train()
     ids = torch.randint(3, 50, (4, 20), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "labels": ids}
     if model_type == "insnext":
@@ -116,7 +115,7 @@ def sharded(model_type: str, rank: int, port: int, result: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("model_type", CLASSES)
+@pytest.mark.parametrize("model_type", MAKERS)
 def test_fsdp2_over_no_split_modules_trains_as_one_process(model_type, tmp_path):
     model, batch = model_and_batch(model_type)
     assert set(model._no_split_modules) == WRAPPED[model_type] <= {type(m).__name__ for m in model.modules()}

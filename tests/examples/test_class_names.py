@@ -9,8 +9,9 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from peft import AutoPeftModelForSequenceClassification
 from safetensors.torch import load_file
-from script_models import save_tiny_model
 from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from tests.support.script_models import save_tiny_model
 
 
 QUIET = "--use_cpu --report_to none --disable_tqdm true --save_strategy no --text_columns text --max_steps 1".split()

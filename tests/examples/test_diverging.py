@@ -5,7 +5,8 @@ import random
 
 import pytest
 import run_pretraining
-from script_models import row, save_tiny_model
+
+from tests.support.script_models import row, save_tiny_model
 
 
 @pytest.mark.parametrize("model_type", ["insnext", "drt"])

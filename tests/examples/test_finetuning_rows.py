@@ -8,11 +8,11 @@ import run_finetuning
 import torch
 from common.training import write_lines
 from datasets import Dataset, DatasetDict
-from script_models import CLASSES, SHAPES, tiny_model, tiny_tokenizer
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
 
 from modeling_insnext import InsNextConfig
 from modeling_insnext.trainers import TokenMeanTrainer
+from tests.support.script_models import MAKERS, SHAPES, word_tokenizer
 
 
 ROWS = {
@@ -23,12 +23,12 @@ ROWS = {
 
 def completion_rows(insnext: bool) -> dict:
     args = run_finetuning.FinetuningArguments(task="completion", max_length=20)
-    return run_finetuning.completion_examples(args, tiny_tokenizer(), insnext)(ROWS)
+    return run_finetuning.completion_examples(args, word_tokenizer(), insnext)(ROWS)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", MAKERS)
 def test_a_completion_is_the_same_in_a_batch_and_alone(name):
-    model, tokenizer = tiny_model(name), tiny_tokenizer()
+    model, tokenizer = MAKERS[name](vocab_size=320), word_tokenizer()
     prompts, options = ["the dog", "a cat sees the big red house and"], {"max_new_tokens": 5, "do_sample": False}
     alone = [run_finetuning.completions(model, tokenizer, [prompt], options)[0] for prompt in prompts]
     assert run_finetuning.completions(model, tokenizer, prompts, options) == alone
@@ -47,7 +47,7 @@ def test_rows_without_a_token_to_learn_are_left_out_and_counted(insnext, caplog)
 
 
 def test_the_evaluation_loss_is_per_token_whatever_the_batches(tmp_path):
-    model, tokenizer, rows = tiny_model("drt"), tiny_tokenizer(), Dataset.from_dict(completion_rows(False))
+    model, tokenizer, rows = MAKERS["drt"](vocab_size=320), word_tokenizer(), Dataset.from_dict(completion_rows(False))
     nats = count = 0
     for row in rows:
         labels = torch.tensor([row["labels"]])
@@ -65,7 +65,7 @@ def test_the_evaluation_loss_is_per_token_whatever_the_batches(tmp_path):
 
 
 def test_a_text_that_spells_a_special_token_means_its_letters():
-    tokenizer, args = tiny_tokenizer(), run_finetuning.FinetuningArguments(task="infilling")
+    tokenizer, args = word_tokenizer(), run_finetuning.FinetuningArguments(task="infilling")
     (ids,) = run_finetuning.insertion_examples(args, tokenizer)({"text": ["the <pad> and </s>"]})["input_ids"]
     assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(ids)
     assert tokenizer.decode(ids[1:]).strip() == "the <pad> and </s>"
@@ -89,7 +89,7 @@ def test_a_row_that_cannot_be_predicted_is_named_before_anything_is_trained(case
     args = run_finetuning.FinetuningArguments(task=task, keywords_column="words" if task == "keywords" else None)
     config = InsNextConfig(**SHAPES["insnext"], vocab_size=320)
     with pytest.raises(ValueError, match=message):
-        run_finetuning.check_tests(args, tiny_tokenizer(), config, Dataset.from_dict(rows))
+        run_finetuning.check_tests(args, word_tokenizer(), config, Dataset.from_dict(rows))
 
 
 @pytest.mark.parametrize("texts", [["a", None], [["a"], []], [["a"], ["b", None]], [1, 2]])
@@ -135,7 +135,7 @@ def test_lines_hold_no_nan(tmp_path):
 
 
 def test_the_tokens_of_keywords_are_given_and_what_is_missing_is_counted():
-    tokenizer = tiny_tokenizer()
+    tokenizer = word_tokenizer()
     args = run_finetuning.FinetuningArguments(task="keywords", keywords_column="words")
     texts, words = [["The old man sees a cat", "a dog"]], [["Old Man", "cat"]]
     made = run_finetuning.insertion_examples(args, tokenizer)({"text": texts, "words": words})

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import run_pretraining
-from script_models import save_tiny_model
 from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_insnext.runs import checkpoint_to_resume
+from tests.support.script_models import save_tiny_model
 
 
 QUIET = "--use_cpu --report_to none --disable_tqdm true --stage sentences --block_size 32".split()

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import AutoPeftModel
-from script_models import SHAPES, losses, row, save_tiny_model, weights
-from script_runner import run
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from modeling_insnext import DrtForCausalLM, InsNextForInsertionLM
+from tests.support.script_models import SHAPES, losses, row, save_tiny_model, weights
+from tests.support.script_runner import run
 
 
 STEPS = 7

@@ -6,7 +6,8 @@ import os
 import pytest
 import run_scoring
 from common.arguments import ModelArguments
-from script_models import tiny_tokenizer
+
+from tests.support.script_models import word_tokenizer
 
 
 @pytest.fixture
@@ -18,12 +19,12 @@ def data(tmp_path):
 
 def choice_items(data, row, **options) -> list:
     args = run_scoring.ScoringArguments(data_file=data, task="multiple_choice", max_length=64, **options)
-    return list(run_scoring.answers(args, tiny_tokenizer(), {name: [value] for name, value in row.items()}))
+    return list(run_scoring.answers(args, word_tokenizer(), {name: [value] for name, value in row.items()}))
 
 
 @pytest.mark.parametrize("num_orders", [None, 2])
 def test_the_space_in_front_of_a_blank_belongs_to_the_answer(data, num_orders):
-    tokenizer, row = tiny_tokenizer(), {"query": "the _ sees a cat", "choices": ["dog", "man"], "gold": 0}
+    tokenizer, row = word_tokenizer(), {"query": "the _ sees a cat", "choices": ["dog", "man"], "gold": 0}
     items = choice_items(data, row, blank="_", num_orders=num_orders)
     for item, answer in zip(items, (" dog", " man"), strict=True):
         assert item.ids == tokenizer(f"the{answer} sees a cat")["input_ids"]
@@ -56,7 +57,7 @@ def test_an_odd_row_is_named(case, data):
 
 
 def test_a_special_token_in_a_text_is_scored_as_its_letters(data):
-    tokenizer = tiny_tokenizer()
+    tokenizer = word_tokenizer()
     args = run_scoring.ScoringArguments(data_file=data, max_length=64, stride=32)
     (item,) = run_scoring.windows(args, tokenizer, {"text": ["the <pad> </s>"]})
     assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(item.ids)
@@ -67,7 +68,7 @@ def test_nothing_to_score_is_refused_before_a_model_is_loaded(texts, message, tm
     from modeling_insnext import InsNextConfig
 
     InsNextConfig(vocab_size=320).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     given = f"--model_name_or_path {tmp_path}/model --data_file {tmp_path}/rows.jsonl --output_dir {tmp_path}/out"
     with pytest.raises(ValueError, match=message):

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 import yaml
-from script_models import tiny_tokenizer
 from transformers import TrainingArguments
 
 from modeling_insnext import DrtConfig, InsNextConfig
+from tests.support.script_models import word_tokenizer
 
 
 INSNEXT = "--model_name_or_path {home}/insnext"
@@ -128,7 +128,7 @@ def home(tmp_path_factory):
         ("drt", DrtConfig(vocab_size=320)),
     ):
         config.save_pretrained(folder / name)
-        tiny_tokenizer().save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
     row = {
         "text": "a",
         "query": "the",
@@ -217,7 +217,7 @@ def test_a_bare_no_in_yaml_is_the_word(home, tmp_path):
 
 
 def test_a_text_that_spells_a_special_token_means_its_letters():
-    tokenizer, text = tiny_tokenizer(), "the <pad> cat </s> sees"
+    tokenizer, text = word_tokenizer(), "the <pad> cat </s> sees"
     assert {0, 2} <= set(tokenizer(text)["input_ids"])
     pretraining, classification, choice = map(
         importlib.import_module, ("run_pretraining", "run_classification", "run_multiple_choice")
@@ -248,7 +248,7 @@ def test_matthews_is_the_correlation_of_two_classes_and_knows_more():
 
 
 def test_a_pair_keeps_both_texts_where_it_is_cut():
-    module, tokenizer = importlib.import_module("run_classification"), tiny_tokenizer()
+    module, tokenizer = importlib.import_module("run_classification"), word_tokenizer()
     args = module.ClassificationArguments(text_columns=["a", "b"], max_length=9)
     long, short = "the old man sees the big dog and the cat", "a cat"
     for first, second in ((long, short), (short, long), (long, long), (short, short)):
@@ -263,7 +263,7 @@ def test_a_pair_keeps_both_texts_where_it_is_cut():
 def test_windows_score_every_token_once(tmp_path):
     data = tmp_path / "a.txt"
     data.touch()
-    module, tokenizer = importlib.import_module("run_scoring"), tiny_tokenizer()
+    module, tokenizer = importlib.import_module("run_scoring"), word_tokenizer()
     texts = ["the old man " * n for n in (1, 5, 9)]
     for length, stride in ((8, 3), (5, 4), (64, 1)):
         args = module.ScoringArguments(data_file=str(data), max_length=length, stride=stride)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import build_row, difference, random_ids, relative_error, tiny_model
 
 import modeling_insnext.insnext.attention as attention
 from modeling_insnext import InsNextModel
@@ -14,6 +13,9 @@ from modeling_insnext.insnext.attention import (
     register_interval_backend,
     visible_keys,
 )
+from tests.support.built_text import build_row, random_ids
+from tests.support.equality import difference, relative_error
+from tests.support.insnext import tiny_model
 
 
 CASES = {

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from helpers_hub import VOCAB_SIZE, random_ids, tiny_config, tiny_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -17,6 +16,7 @@ from transformers import (
 
 from modeling_insnext import InsertionGenerationConfig, InsNextConfig, InsNextForInsertionLM
 from modeling_insnext.insnext import AUTO_CLASSES
+from tests.support.insnext import SHIPPED_VOCAB, random_ids, shipped_model, tiny_config
 
 
 IDS = random_ids(2, 6)
@@ -26,7 +26,7 @@ HEADS = [AutoModelForMultipleChoice, AutoModelForSequenceClassification, AutoMod
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    model = tiny_model(InsNextForInsertionLM)
+    model = shipped_model(InsNextForInsertionLM)
     model.generation_config.ebr = True
     model.save_pretrained(folder)
     return folder, model
@@ -102,7 +102,7 @@ def test_a_head_gets_the_weights_of_the_language_model_and_a_new_classifier(chec
 
 
 def test_the_encoder_of_a_head_becomes_a_language_model_with_new_slots(tmp_path):
-    head = tiny_model(AUTO_CLASSES[AutoModelForSequenceClassification])
+    head = shipped_model(AUTO_CLASSES[AutoModelForSequenceClassification])
     head.save_pretrained(tmp_path)
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert all(key.startswith("slot_head.") for key in report["missing_keys"])
@@ -115,7 +115,7 @@ def test_the_encoder_of_a_head_becomes_a_language_model_with_new_slots(tmp_path)
     ("name", "value", "default"), [("norm", "deepnorm", "rmsnorm"), ("position_encoding", "sinusoidal", "alibi")]
 )
 def test_the_ablations_survive_saving(name, value, default, tmp_path):
-    model = tiny_model(InsNextForInsertionLM, **{name: value})
+    model = shipped_model(InsNextForInsertionLM, **{name: value})
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.config._attn_implementation == "sdpa"
@@ -200,13 +200,13 @@ def test_an_attention_that_does_not_exist_is_refused(checkpoint, name):
 
 
 def test_sinusoidal_refuses_flex_attention():
-    model = tiny_model(InsNextForInsertionLM, position_encoding="sinusoidal", attn_implementation="flex_attention")
+    model = shipped_model(InsNextForInsertionLM, position_encoding="sinusoidal", attn_implementation="flex_attention")
     with pytest.raises(ValueError, match="sinusoidal.*flex_attention"):
         model(IDS)
 
 
 def test_the_embedding_is_the_token_head():
-    model = tiny_model(InsNextForInsertionLM)
+    model = shipped_model(InsNextForInsertionLM)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.get_output_embeddings() is model.lm_head
     assert model.get_input_embeddings() is model.model.embed_tokens
@@ -214,15 +214,15 @@ def test_the_embedding_is_the_token_head():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_more_embeddings(tied, tmp_path):
-    model = tiny_model(InsNextForInsertionLM, tie_word_embeddings=tied)
+    model = shipped_model(InsNextForInsertionLM, tie_word_embeddings=tied)
     before = read(model)
     with pytest.raises(ValueError, match=r"\[0, 60\), got 64"):
         model(torch.tensor([[1, 64]]))
-    model.resize_token_embeddings(VOCAB_SIZE + 8)
-    assert model.config.vocab_size == model.lm_head.out_features == VOCAB_SIZE + 8
+    model.resize_token_embeddings(SHIPPED_VOCAB + 8)
+    assert model.config.vocab_size == model.lm_head.out_features == SHIPPED_VOCAB + 8
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
     after = read(model)
-    assert after.shape[-1] == VOCAB_SIZE + 8
+    assert after.shape[-1] == SHIPPED_VOCAB + 8
     assert torch.allclose(after.exp().sum(-1), torch.ones(2, 6))
     # STOP does not compete with tokens, so it keeps its probability; tokens keep their odds
     assert torch.allclose(after[..., 2], before[..., 2])
@@ -233,7 +233,7 @@ def test_more_embeddings(tied, tmp_path):
 
 
 def test_untied_heads_stay_apart(tmp_path):
-    model = tiny_model(InsNextForInsertionLM, tie_word_embeddings=False)
+    model = shipped_model(InsNextForInsertionLM, tie_word_embeddings=False)
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -243,7 +243,7 @@ def test_untied_heads_stay_apart(tmp_path):
 
 def test_generation_options_survive_saving_again_and_again(tmp_path):
     fields = {"ebr": True, "ebr_ratio": 0.5, "ebr_window": 8, "seed": [3, 4], "slot_top_p": 0.9, "max_new_tokens": 7}
-    model = tiny_model(InsNextForInsertionLM)
+    model = shipped_model(InsNextForInsertionLM)
     for name, value in fields.items():
         setattr(model.generation_config, name, value)
     for generation in range(3):
@@ -264,7 +264,7 @@ def test_a_plain_generation_config_is_taken_over_at_load_time(checkpoint):
 
 
 def test_a_checkpoint_without_generation_options_gets_the_defaults(tmp_path):
-    tiny_model(InsNextForInsertionLM).save_pretrained(tmp_path)
+    shipped_model(InsNextForInsertionLM).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(model.generation_config) is InsertionGenerationConfig
@@ -273,7 +273,7 @@ def test_a_checkpoint_without_generation_options_gets_the_defaults(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
-    model = tiny_model(InsNextForInsertionLM)
+    model = shipped_model(InsNextForInsertionLM)
     with torch.no_grad():
         model.slot_head.edge[3] = float("nan")
     model.save_pretrained(tmp_path)

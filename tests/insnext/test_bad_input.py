@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers import tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from modeling_insnext import InsertionCache, InsNextConfig, InsNextForInsertionLM, InsNextModel
 from modeling_insnext.insnext.attention import build_interval
+from tests.support.insnext import tiny_model
 
 
 IDS = torch.tensor([[1, 5, 6, 7]])

@@ -5,13 +5,14 @@ from functools import cache
 
 import pytest
 import torch
-from generation_twins import BOS, TextTwin, canvas_of, tiny_model
 
 from modeling_insnext.insnext import write_beam
+from tests.support.generation_twins import TextTwin, canvas_of, writing_model
+from tests.support.insnext import BOS
 
 
 # three tokens that can be written
-MODEL = tiny_model(3, vocab_size=6)
+MODEL = writing_model(seed=3, vocab_size=6)
 WRITTEN = (3, 4, 5)
 # scores are returned in float32
 FLOAT32 = 1e-6
@@ -107,7 +108,7 @@ def test_control_a_state_that_stands_for_other_orders_breaks_the_bound(monkeypat
 
 def test_more_beams_than_texts_find_the_likeliest_text_of_random_models():
     for seed in range(24):
-        model = tiny_model(seed, vocab_size=6)
+        model = writing_model(seed=seed, vocab_size=6)
         texts = all_texts(3, model=model)
         [(found, score)] = searched(len(texts), model, max_new_tokens=3)
         [(text, log_p)] = best_of(texts)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_insnext.insnext.canvas import Canvas
 from modeling_insnext.insnext.canvas_pieces import continuation_mask_of
 from modeling_insnext.insnext.canvas_text import build_canvas
+from tests.support.tokenizers import tiny_tokenizer
 
 
 CORPUS = [
@@ -23,15 +24,7 @@ WORDS = sorted({word for line in CORPUS for word in line.replace("(", "").replac
 
 
 def byte_level(add_prefix_space):
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=360, special_tokens=list(SPECIAL.values()), initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL)
+    return tiny_tokenizer(360, bos_in_front=False, texts=CORPUS, all_bytes=True, add_prefix_space=add_prefix_space)
 
 
 def word_piece():

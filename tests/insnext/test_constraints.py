@@ -5,7 +5,6 @@ The checker knows the canvas and the output only: it finds each written token's 
 
 import pytest
 import torch
-from generation_twins import BOS, EOS, PAD, VOCAB, tiny_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -13,9 +12,11 @@ from modeling_insnext.insnext import write_sample
 from modeling_insnext.insnext.budget import Budget
 from modeling_insnext.insnext.canvas import Canvas
 from modeling_insnext.insnext.draft import Draft
+from tests.support.generation_twins import VOCAB, writing_model
+from tests.support.insnext import BOS, EOS, PAD
 
 
-MODEL = tiny_model(5, dtype=torch.float32, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
+MODEL = writing_model(seed=5, dtype=torch.float32, num_hidden_layers=1, hidden_size=16, num_attention_heads=2)
 # tokens that continue a word
 CONTINUING = (3, 5, 8, 11)
 TOKENS = st.integers(3, VOCAB - 1)

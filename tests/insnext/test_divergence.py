@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_hub import tiny_model
-from quiet_training import arguments
 from safetensors.torch import load_file
 from transformers import Trainer
 
 from modeling_insnext import InsNextForInsertionLM
 from modeling_insnext.data import InsertionCollator
 from modeling_insnext.insertion_trainer import InsertionTrainer
+from tests.support.insnext import shipped_model
+from tests.support.quiet_training import arguments
 
 
 TEXTS = [{"input_ids": [1, 5, 6, 7 + i % 3, 9]} for i in range(16)]
@@ -45,7 +45,7 @@ def saved(folder) -> dict[str, dict]:
 
 def train(folder, trainer_class, where):
     torch.manual_seed(0)
-    model = NoNumber(tiny_model(InsNextForInsertionLM).config)
+    model = NoNumber(shipped_model(InsNextForInsertionLM).config)
     model.where = where
     collate = InsertionCollator(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from generation_twins import BOS, canvas_of, draft_of, tiny_model
 
 from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
+from tests.support.generation_twins import canvas_of, draft_of, writing_model
+from tests.support.insnext import BOS
 
 
 SMALL = dict(hidden_size=8, intermediate_size=8, num_attention_heads=2, max_position_embeddings=4096)
@@ -41,7 +42,7 @@ class Counter(torch.nn.Module):
 
 def counted(prompt, inserted, ratio=1.0, window=None):
     """Let a draft grow without a network; return it and the blocks that would have been encoded."""
-    model = tiny_model(dtype=torch.float32, num_hidden_layers=1, **SMALL)
+    model = writing_model(dtype=torch.float32, num_hidden_layers=1, **SMALL)
     counter = Counter(8)
     draft = draft_of(model, canvas_of([[(BOS, True)] * prompt]), inserted, encoder=counter)
     config = InsertionGenerationConfig(ebr=True, ebr_ratio=ratio, ebr_window=window)
@@ -87,7 +88,7 @@ def test_control_a_ratio_below_1_breaks_the_bound_of_two():
     [{}, {"ebr": True}, {"ebr": True, "ebr_ratio": 0}, {"ebr": True, "ebr_ratio": 0.5, "ebr_window": 7}],
 )
 def test_generate_counts_by_the_rule(prompt, options):
-    model = tiny_model(dtype=torch.float32, num_hidden_layers=1, **SMALL)
+    model = writing_model(dtype=torch.float32, num_hidden_layers=1, **SMALL)
     out = model.generate(
         torch.full((1, prompt), 5), max_new_tokens=50, min_new_tokens=50, return_dict_in_generate=True, **options
     )
@@ -99,7 +100,7 @@ def test_generate_counts_by_the_rule(prompt, options):
 
 
 def test_ebr_is_off_unless_asked_for_and_false_overrules_the_checkpoint():
-    model = tiny_model(dtype=torch.float32, num_hidden_layers=1, **SMALL)
+    model = writing_model(dtype=torch.float32, num_hidden_layers=1, **SMALL)
     options = dict(inputs=torch.tensor([[BOS]]), max_new_tokens=6, min_new_tokens=6, return_dict_in_generate=True)
     assert model.generate(**options).reencoded_at == [[]]
     model.generation_config.ebr = True

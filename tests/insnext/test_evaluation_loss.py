@@ -2,20 +2,20 @@
 
 import pytest
 import torch
-from helpers_hub import VOCAB_SIZE, tiny_model
-from quiet_training import arguments
 from transformers import DataCollatorForSeq2Seq, Trainer
 
 from modeling_insnext import DrtConfig, DrtForCausalLM, InsNextForInsertionLM
 from modeling_insnext.data import ContextMixture, InsertionCollator
 from modeling_insnext.insertion_trainer import InsertionTrainer
 from modeling_insnext.trainers import TokenMeanTrainer
+from tests.support.insnext import SHIPPED_VOCAB, shipped_model
+from tests.support.quiet_training import arguments
 
 
 def texts(count=7):
     generator = torch.Generator().manual_seed(0)
     lengths = [3 + 5 * (i % 4) for i in range(count)]
-    made = [{"input_ids": [1, *torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()]} for n in lengths]
+    made = [{"input_ids": [1, *torch.randint(3, SHIPPED_VOCAB, (n,), generator=generator).tolist()]} for n in lengths]
     # nothing is written here: stopping is all there is to learn
     return [*made, {"input_ids": [1]}]
 
@@ -44,7 +44,7 @@ def nats_per_token(model, rows, weight_by_tokens=True):
 )
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_the_loss_of_insertions_is_per_token(tmp_path, batch_size, options):
-    model, rows = tiny_model(InsNextForInsertionLM).double().eval(), texts()
+    model, rows = shipped_model(InsNextForInsertionLM).double().eval(), texts()
     args = arguments(tmp_path, per_device_eval_batch_size=batch_size)
     trainer = InsertionTrainer(model, args, data_collator=collator(**options), eval_dataset=rows)
     metrics = trainer.evaluate()
@@ -61,7 +61,7 @@ def test_the_training_loss_weighs_its_steps(tmp_path):
     def first_loss(**options):
         args = arguments(tmp_path, per_device_train_batch_size=8)
         trainer = InsertionTrainer(
-            tiny_model(InsNextForInsertionLM), args, data_collator=collator(**options), train_dataset=texts()
+            shipped_model(InsNextForInsertionLM), args, data_collator=collator(**options), train_dataset=texts()
         )
         trainer.train()
         return trainer.state.log_history[0]["loss"]
@@ -71,11 +71,11 @@ def test_the_training_loss_weighs_its_steps(tmp_path):
 
 def left_to_right_model(name):
     if name == "insnext":
-        return tiny_model(InsNextForInsertionLM).double().eval()
+        return shipped_model(InsNextForInsertionLM).double().eval()
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "initializer_range": 0.2}
     shape = {"num_lower_layers": 1, "retrieval_groups": [1], "chunk_size": 4, "sliding_window": 8}
-    return DrtForCausalLM(DrtConfig(**sizes, **shape, vocab_size=VOCAB_SIZE)).double().eval()
+    return DrtForCausalLM(DrtConfig(**sizes, **shape, vocab_size=SHIPPED_VOCAB)).double().eval()
 
 
 class Padded(DataCollatorForSeq2Seq):
@@ -118,6 +118,6 @@ def test_the_loss_of_labels_is_per_token(tmp_path, name, batch_size):
 
 
 def test_data_without_a_token_has_no_loss(tmp_path):
-    model = tiny_model(InsNextForInsertionLM)
+    model = shipped_model(InsNextForInsertionLM)
     trainer = InsertionTrainer(model, arguments(tmp_path), data_collator=collator(), eval_dataset=[{"input_ids": [1]}])
     assert "eval_position_loss" not in trainer.evaluate()

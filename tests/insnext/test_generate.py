@@ -4,11 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
-from generation_twins import BOS, PAD, TextTwin, canvas_of, tiny_model
-from test_sampling import MODEL, PROMPT, Watch, run, written
 from transformers import CompileConfig, GenerationConfig, StoppingCriteria, TextStreamer
 
 from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
+from tests.support.generation_twins import TextTwin, canvas_of, writing_model
+from tests.support.insnext import BOS, PAD
+from tests.support.one_canvas import MODEL, PROMPT, Watch, run, written
 
 
 class Watching(StoppingCriteria):
@@ -105,7 +106,7 @@ def test_the_same_seed_writes_the_same_and_leaves_the_global_generator_alone():
 
 
 def test_keywords_overrule_the_generation_config_and_that_the_models_own():
-    model = tiny_model(0)
+    model = writing_model(seed=0)
     model.generation_config.max_new_tokens = 3
     model.generation_config.min_new_tokens = 3
     assert model.generate(PROMPT).shape[1] == 7
@@ -219,7 +220,7 @@ def test_unordered_phrases_stand_where_their_first_token_is_likeliest():
 
 
 def test_max_length_counts_each_rows_own_tokens():
-    model = tiny_model()
+    model = writing_model()
     ids, mask = torch.tensor([[1, 5, 6, 7, 8], [1, 5, 0, 0, 0]]), torch.tensor([[1] * 5, [1, 1, 0, 0, 0]])
     given = {"input_ids": ids, "attention_mask": mask, "min_new_tokens": 2}
     lengths = (model.generate(**given, max_length=7, return_dict_in_generate=True).insertion_steps != -2).sum(1)
@@ -234,7 +235,7 @@ def test_max_length_counts_each_rows_own_tokens():
 
 @pytest.mark.slow
 def test_a_compiled_step_writes_the_same_text():
-    model = tiny_model()
+    model = writing_model()
     given = {"inputs": torch.tensor([[1, 5, 6], [1, 7, 8]]), "max_new_tokens": 12, "min_new_tokens": 12, "ebr": True}
     plain = model.generate(**given, cache_implementation="static")
     compiled = model.generate(

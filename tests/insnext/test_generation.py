@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from generation_twins import BOS, PAD, HandTwin, TextTwin, canvas_of, draft_of, greedy_twin, row_of, tiny_model
 
 from modeling_insnext.insnext.draft import Draft
 from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
+from tests.support.generation_twins import HandTwin, TextTwin, canvas_of, draft_of, greedy_twin, row_of, writing_model
+from tests.support.insnext import BOS, PAD
 
 
-MODEL = tiny_model()
+MODEL = writing_model()
 TEXT = [BOS, 5, 9, 4, 9]
 OPEN = [True, False, True, True, True]
 EBR = {
@@ -99,7 +100,7 @@ def test_scores_of_the_cache_are_those_of_one_whole_forward_at_every_step(ebr, p
     "change", [dict(position_encoding="sinusoidal"), dict(norm="deepnorm"), dict(num_key_value_heads=2)]
 )
 def test_scores_of_the_cache_are_exact_in_every_kind_of_model(change):
-    model = tiny_model(**change, attn_implementation="eager")
+    model = writing_model(**change, attn_implementation="eager")
     assert largest_error("ratio_1", 2, model=model, steps=8) < 1e-10
 
 
@@ -143,7 +144,7 @@ def test_after_reencoding_the_scores_are_those_of_the_text_given_at_once():
 def test_greedy_texts_are_those_of_a_loop_without_a_cache(ebr, parallel):
     lengths = set()
     for seed in range(4):
-        model = tiny_model(seed)
+        model = writing_model(seed=seed)
         out = model.generate(
             torch.tensor([TEXT]), slot_mask=torch.tensor([OPEN]), max_new_tokens=12, parallel_slots=parallel,
             return_dict_in_generate=True, **EBR[ebr],

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers_hub import random_ids, tiny_config, tiny_model
 
 from modeling_insnext import (
     InsNextForMultipleChoice,
@@ -10,6 +9,7 @@ from modeling_insnext import (
     InsNextForTokenClassification,
     InsNextModel,
 )
+from tests.support.insnext import random_ids, shipped_model, tiny_config
 
 
 CLASSES, LABELS = [InsNextForSequenceClassification, InsNextForTokenClassification, InsNextForMultipleChoice], 3
@@ -17,7 +17,7 @@ TEXT = random_ids(1, 6)
 
 
 def double(model_class, **overrides):
-    return tiny_model(model_class, num_labels=LABELS, **overrides).double()
+    return shipped_model(model_class, num_labels=LABELS, **overrides).double()
 
 
 def padded(ids, left, right):
@@ -54,7 +54,7 @@ def test_a_tuple_and_the_states_of_every_layer_on_demand(model_class):
 
 
 def test_one_label_is_a_regression():
-    model = tiny_model(InsNextForSequenceClassification, num_labels=1).double()
+    model = shipped_model(InsNextForSequenceClassification, num_labels=1).double()
     ids, labels = random_ids(4, 7), torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
     output = model(ids, labels=labels)
     assert abs(output.loss - (output.logits[:, 0] - labels).square().mean()) < 1e-12
@@ -176,17 +176,17 @@ def test_embeddings_may_take_the_place_of_ids():
 )
 def test_multiple_choice_names_what_has_the_wrong_shape(arguments, message):
     with pytest.raises(ValueError, match=message):
-        tiny_model(InsNextForMultipleChoice)(**arguments)
+        shipped_model(InsNextForMultipleChoice)(**arguments)
 
 
 @pytest.mark.parametrize("model_class", [InsNextModel, *CLASSES[:2]])
 def test_a_mask_of_another_length_is_refused(model_class):
     for mask in (torch.ones(1, 5), torch.ones(1, 7), torch.ones(2, 6)):
         with pytest.raises(ValueError, match=r"attention_mask must be \[1, 6\]"):
-            tiny_model(model_class)(TEXT, attention_mask=mask.long())
+            shipped_model(model_class)(TEXT, attention_mask=mask.long())
 
 
 def test_the_number_of_labels_comes_from_the_configuration():
     for labels in (2, 5):
-        assert tiny_model(InsNextForSequenceClassification, num_labels=labels)(TEXT).logits.shape == (1, labels)
+        assert shipped_model(InsNextForSequenceClassification, num_labels=labels)(TEXT).logits.shape == (1, labels)
     assert tiny_config(id2label={0: "no", 1: "yes"}).num_labels == 2

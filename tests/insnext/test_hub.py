@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
-from helpers_hub import random_ids, tiny_model, tiny_tokenizer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_insnext
 from modeling_insnext import InsertionGenerationConfig, InsNextForInsertionLM
+from tests.support.insnext import random_ids, shipped_model
+from tests.support.tokenizers import tiny_tokenizer
 
 
 IDS = random_ids(2, 6)
@@ -32,7 +33,7 @@ def saved_weights(folder):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_shared_weights_are_saved_once(tied, tmp_path):
-    model = tiny_model(InsNextForInsertionLM, tie_word_embeddings=tied)
+    model = shipped_model(InsNextForInsertionLM, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
     expected = {name for name, _ in model.named_parameters()}
     assert ("lm_head.weight" in expected) == (not tied)
@@ -40,14 +41,14 @@ def test_shared_weights_are_saved_once(tied, tmp_path):
 
 
 def test_a_folder_in_shards(tmp_path):
-    model = tiny_model(InsNextForInsertionLM)
+    model = shipped_model(InsNextForInsertionLM)
     model.save_pretrained(tmp_path, max_shard_size="30KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
 def test_a_folder_in_a_subfolder(tmp_path):
-    model = tiny_model(InsNextForInsertionLM)
+    model = shipped_model(InsNextForInsertionLM)
     model.generation_config.ebr_ratio = 0.25
     model.save_pretrained(tmp_path / "inner")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="inner")
@@ -56,7 +57,7 @@ def test_a_folder_in_a_subfolder(tmp_path):
 
 
 def test_saving_twice_writes_the_same_folder(tmp_path):
-    model = tiny_model(InsNextForInsertionLM)
+    model = shipped_model(InsNextForInsertionLM)
     model.save_pretrained(tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     AutoModelForCausalLM.from_pretrained(tmp_path).save_pretrained(tmp_path)
@@ -64,20 +65,20 @@ def test_saving_twice_writes_the_same_folder(tmp_path):
 
 
 def test_the_configuration_names_no_folder_of_this_machine(tmp_path):
-    tiny_model(InsNextForInsertionLM).save_pretrained(tmp_path / "first")
+    shipped_model(InsNextForInsertionLM).save_pretrained(tmp_path / "first")
     AutoModelForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
     for name in ("config.json", "generation_config.json"):
         assert str(tmp_path) not in (tmp_path / "second" / name).read_text()
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
-    tiny_model(InsNextForInsertionLM).save_pretrained(tmp_path)
+    shipped_model(InsNextForInsertionLM).save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match="mismatch|shape"):
         AutoModelForCausalLM.from_pretrained(tmp_path, intermediate_size=64)
 
 
 def test_a_generation_config_with_an_unknown_option_is_refused(tmp_path):
-    tiny_model(InsNextForInsertionLM).save_pretrained(tmp_path)
+    shipped_model(InsNextForInsertionLM).save_pretrained(tmp_path)
     path = tmp_path / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "erb": True}))
     with pytest.raises(ValueError, match="unknown generation option 'erb', did you mean 'ebr'"):
@@ -85,7 +86,7 @@ def test_a_generation_config_with_an_unknown_option_is_refused(tmp_path):
 
 
 def test_a_tokenizer_beside_the_model_makes_the_same_canvas(tmp_path):
-    model, tokenizer = tiny_model(InsNextForInsertionLM), tiny_tokenizer()
+    model, tokenizer = shipped_model(InsNextForInsertionLM), tiny_tokenizer()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import BOS, difference, tiny_model
 from transformers import Trainer, TrainingArguments
 
 from modeling_insnext import InsNextModel
+from tests.support.equality import difference
+from tests.support.insnext import BOS, tiny_model
 
 
 JOINED = torch.tensor([[BOS, 5, 9, 2, BOS, 4, 7, 2], [8, 3, 2, BOS, 11, 6, 2, BOS]])

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import EOS, PAD, difference, tiny_model
 from transformers import DynamicCache
 
 from modeling_insnext import InsertionCache
+from tests.support.equality import difference
+from tests.support.insnext import EOS, PAD, tiny_model
 
 
 BUDGET = 1e-10

@@ -2,15 +2,6 @@
 
 import pytest
 import torch
-from helpers import (
-    build_row,
-    difference,
-    losses_by_state,
-    packed_rows,
-    random_ids,
-    random_text,
-    tiny_model,
-)
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +11,9 @@ import modeling_insnext.insnext.slots as slots
 from modeling_insnext import InsertionCache, InsNextConfig, InsNextForInsertionLM, InsNextModel
 from modeling_insnext.insnext.attention import Interval, build_interval
 from modeling_insnext.insnext.supervision import Supervision
+from tests.support.built_text import build_row, losses_by_state, packed_rows, random_ids, random_text
+from tests.support.equality import difference
+from tests.support.insnext import tiny_model
 
 
 BUDGET = 1e-10

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import Built, build_row, packed_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from modeling_insnext.insnext.attention import (
     insertion_offsets,
     visible_keys,
 )
+from tests.support.built_text import Built, build_row, packed_rows
 
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)

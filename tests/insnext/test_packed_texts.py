@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from helpers import difference, tiny_model
 from transformers import DataCollatorWithFlattening
 
 from modeling_insnext import InsNextForSequenceClassification, InsNextForTokenClassification, InsNextModel
+from tests.support.equality import difference
+from tests.support.insnext import tiny_model
 
 
 TEXTS = [[1, 5, 9, 4, 2], [1, 7, 7], [1, 3, 8, 11, 20, 4, 2]]

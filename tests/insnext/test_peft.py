@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers_hub import VOCAB_SIZE, random_ids, tiny_model, tiny_tokenizer
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from modeling_insnext import InsNextForInsertionLM, InsNextForSequenceClassification
 from modeling_insnext.data import ContextMixture, InsertionCollator
 from modeling_insnext.insertion_trainer import InsertionTrainer
+from tests.support.insnext import SHIPPED_VOCAB, random_ids, shipped_model
+from tests.support.tokenizers import tiny_tokenizer
 
 
 peft = pytest.importorskip("peft")
@@ -27,7 +28,7 @@ ADAPTERS = {
 
 def adapted(kind, random=True):
     """Return a model in float64 with adapters, and with `random` ones that do something."""
-    base = tiny_model(InsNextForInsertionLM).double()
+    base = shipped_model(InsNextForInsertionLM).double()
     model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=4, **ADAPTERS[kind])).double()
     if random:
         torch.manual_seed(1)
@@ -68,7 +69,7 @@ def test_what_an_adapter_reaches(kind, layers):
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_a_new_adapter_changes_nothing_and_all_of_it_is_trained(kind):
-    fresh, base = adapted(kind, random=False), tiny_model(InsNextForInsertionLM).double()
+    fresh, base = adapted(kind, random=False), shipped_model(InsNextForInsertionLM).double()
     assert difference(log_probabilities(fresh), log_probabilities(base)) < 1e-10
     model = adapted(kind)
     assert difference(log_probabilities(model), log_probabilities(base)) > 1e-2
@@ -93,7 +94,7 @@ def test_merged_weights_say_the_same(kind):
 
 @pytest.mark.parametrize("kind", ["lora", "all-linear dora", "slot head trained"])
 def test_a_saved_adapter_loads(kind, tmp_path):
-    tiny_model(InsNextForInsertionLM).double().save_pretrained(tmp_path / "base")
+    shipped_model(InsNextForInsertionLM).double().save_pretrained(tmp_path / "base")
     model = adapted(kind)
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
@@ -136,7 +137,7 @@ def test_an_adapted_model_writes_and_scores_as_any_other(kind):
 
 @pytest.mark.parametrize("left_to_right", [False, True])
 def test_an_adapter_trains(left_to_right, tmp_path):
-    rows = [{"input_ids": [1, *row]} for row in torch.randint(3, VOCAB_SIZE, (8, 6)).tolist()]
+    rows = [{"input_ids": [1, *row]} for row in torch.randint(3, SHIPPED_VOCAB, (8, 6)).tolist()]
     if left_to_right:
         trainer_class, collate = Trainer, DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
     else:
@@ -169,14 +170,14 @@ def test_an_adapter_trains(left_to_right, tmp_path):
 
 
 def test_transformers_own_adapters(tmp_path):
-    model = tiny_model(InsNextForInsertionLM)
+    model = shipped_model(InsNextForInsertionLM)
     exact = log_probabilities(model)
     model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     changed = log_probabilities(model)
     assert difference(changed, exact) > 1e-3
     assert model.generate(IDS, max_new_tokens=3).shape[0] == 2
     model.save_pretrained(tmp_path)
-    other = tiny_model(InsNextForInsertionLM)
+    other = shipped_model(InsNextForInsertionLM)
     other.load_adapter(str(tmp_path))
     assert difference(log_probabilities(other), changed) < 1e-5
     model.disable_adapters()
@@ -185,7 +186,7 @@ def test_transformers_own_adapters(tmp_path):
 
 def test_a_classifier_with_adapters_survives_saving(tmp_path):
     def base():
-        return tiny_model(InsNextForSequenceClassification, num_labels=3).double()
+        return shipped_model(InsNextForSequenceClassification, num_labels=3).double()
 
     config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj"], init_lora_weights=False)
     model = peft.get_peft_model(base(), config).eval()
@@ -198,13 +199,13 @@ def test_a_classifier_with_adapters_survives_saving(tmp_path):
 
 
 def test_peft_warns_that_an_adapter_on_the_tied_token_head_cannot_be_merged():
-    base = tiny_model(InsNextForInsertionLM).double()
+    base = shipped_model(InsNextForInsertionLM).double()
     with pytest.warns(UserWarning, match="tie_word_embeddings=True"):
         model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False))
     exact = log_probabilities(model.eval())
     assert difference(log_probabilities(model.merge_and_unload()), exact) > 1e-3
     # untied, it can
-    base = tiny_model(InsNextForInsertionLM, tie_word_embeddings=False).double()
+    base = shipped_model(InsNextForInsertionLM, tie_word_embeddings=False).double()
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["lm_head"], init_lora_weights=False)).eval()
     exact = log_probabilities(model)
     assert difference(log_probabilities(model.merge_and_unload()), exact) < 1e-10

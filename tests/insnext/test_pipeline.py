@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 import transformers
-from helpers_hub import tiny_model, tiny_tokenizer
 from packaging.version import Version
 from transformers import pipeline
 from transformers.utils import logging as transformers_logging
@@ -17,6 +16,8 @@ from modeling_insnext import (
     InsNextForTokenClassification,
     InsNextModel,
 )
+from tests.support.insnext import shipped_model
+from tests.support.tokenizers import tiny_tokenizer
 
 
 PROMPTS = ["the old man and", "sea"]
@@ -41,7 +42,7 @@ def silence():
 
 @pytest.fixture(scope="module")
 def writer():
-    return pipeline("text-generation", model=tiny_model(InsNextForInsertionLM), tokenizer=tiny_tokenizer())
+    return pipeline("text-generation", model=shipped_model(InsNextForInsertionLM), tokenizer=tiny_tokenizer())
 
 
 def texts(answer):
@@ -135,7 +136,7 @@ def test_misspelt_options_are_refused(writer):
 
 
 def test_text_classification():
-    model = tiny_model(InsNextForSequenceClassification, id2label={0: "no", 1: "yes"})
+    model = shipped_model(InsNextForSequenceClassification, id2label={0: "no", 1: "yes"})
     classify = pipeline("text-classification", model=model, tokenizer=tiny_tokenizer())
     batch = classify(PROMPTS, batch_size=2)
     alone = [classify(prompt)[0] for prompt in PROMPTS]
@@ -145,7 +146,7 @@ def test_text_classification():
 
 
 def test_token_classification():
-    model = tiny_model(InsNextForTokenClassification, id2label={0: "O", 1: "B-A", 2: "I-A"})
+    model = shipped_model(InsNextForTokenClassification, id2label={0: "O", 1: "B-A", 2: "I-A"})
     label = pipeline("token-classification", model=model, tokenizer=tiny_tokenizer(), ignore_labels=[])
     tokens = label("the old man")
     assert "".join("the old man"[token["start"] : token["end"]] for token in tokens if token["end"]).split() == [
@@ -157,6 +158,6 @@ def test_token_classification():
 
 
 def test_feature_extraction():
-    read = pipeline("feature-extraction", model=tiny_model(InsNextModel), tokenizer=tiny_tokenizer())
+    read = pipeline("feature-extraction", model=shipped_model(InsNextModel), tokenizer=tiny_tokenizer())
     features = torch.tensor(read("the old man"))
     assert features.shape == (1, len(tiny_tokenizer()("the old man").input_ids), 32)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from clean_process import run_clean
-from helpers_hub import random_ids, tiny_model, tiny_tokenizer
 
 import modeling_insnext
 from modeling_insnext import InsNextForInsertionLM, InsNextForSequenceClassification
 from modeling_insnext.insnext import AUTO_CLASSES
+from tests.support.clean_process import run_clean
+from tests.support.insnext import random_ids, shipped_model
+from tests.support.tokenizers import tiny_tokenizer
 
 
 CODE = Path(modeling_insnext.__file__).parent / "insnext"
@@ -87,11 +88,11 @@ print("FOUND" + json.dumps(found))
 def saved(tmp_path_factory):
     """The folder, the models saved in it, and what a clean process found there."""
     folder = tmp_path_factory.mktemp("remote")
-    model, tokenizer = tiny_model(InsNextForInsertionLM), tiny_tokenizer()
+    model, tokenizer = shipped_model(InsNextForInsertionLM), tiny_tokenizer()
     model.generation_config.ebr = True
     model.save_pretrained(folder / "lm")
     tokenizer.save_pretrained(folder / "lm")
-    head = tiny_model(InsNextForSequenceClassification, num_labels=3)
+    head = shipped_model(InsNextForSequenceClassification, num_labels=3)
     head.save_pretrained(folder / "head")
     names = [auto_class.__name__ for auto_class in AUTO_CLASSES]
     arguments = (str(folder), json.dumps(IDS.tolist()), json.dumps(names))
@@ -140,7 +141,7 @@ def test_the_clean_process_writes_the_same_texts_and_logits(saved, generation):
     for name, value in ours.items():
         assert found[generation][name] == value, name
     # control: other weights write other texts
-    other = observe(tiny_model(InsNextForInsertionLM, seed=1), tokenizer, IDS)
+    other = observe(shipped_model(InsNextForInsertionLM, seed=1), tokenizer, IDS)
     assert all(other[name] != ours[name] for name in ("greedy", "sample", "left_to_right", "logits"))
 
 

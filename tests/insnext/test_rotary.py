@@ -2,13 +2,15 @@
 
 import pytest
 import torch
-from helpers import build_row, difference, packed_rows, random_ids, random_text, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_insnext import InsertionCache, InsNextConfig, InsNextModel
 from modeling_insnext.insnext import rotary
 from modeling_insnext.insnext.attention import Interval, build_interval, insertion_offsets
+from tests.support.built_text import build_row, packed_rows, random_ids, random_text
+from tests.support.equality import difference
+from tests.support.insnext import tiny_model
 
 
 ROPES = {

@@ -4,25 +4,13 @@ import math
 
 import pytest
 import torch
-from generation_twins import BOS, EOS, PAD, TextTwin, canvas_of, draft_of, tiny_model
 from transformers import LogitsProcessor
 
 from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
 from modeling_insnext.insnext.write_sample import RowSampler, choose_slots
-
-
-MODEL = tiny_model(0, max_position_embeddings=24)
-PROMPT = torch.tensor([[BOS, 5, 9, 4]])
-CANVAS = canvas_of([[(BOS, True), (5, False), (9, True), (4, True)]])
-
-
-def written(out, row=0):
-    return [token for token, step in zip(out.sequences[row], out.insertion_steps[row], strict=True) if step > 0]
-
-
-def run(model=MODEL, **options):
-    options = {"max_new_tokens": 8, "min_new_tokens": 8, **options}
-    return model.generate(**CANVAS, return_dict_in_generate=True, **options)
+from tests.support.generation_twins import TextTwin, canvas_of, draft_of, writing_model
+from tests.support.insnext import BOS, EOS, PAD
+from tests.support.one_canvas import CANVAS, MODEL, PROMPT, Watch, run, written
 
 
 def test_draws_have_the_frequencies_of_softmax():
@@ -83,7 +71,7 @@ def test_a_row_that_draws_several_slots_has_them_distinct_and_before_stop():
 
 
 def test_stop_ends_a_text_and_min_new_tokens_bars_it():
-    stopping = tiny_model(0)
+    stopping = writing_model(seed=0)
     with torch.no_grad():
         stopping.slot_head.stop_key.copy_(
             stopping.slot_head.query_proj(stopping.model(PROMPT, is_causal=False).last_hidden_state[0, -1]) * 50
@@ -115,15 +103,6 @@ def test_slot_window_keeps_to_the_last_insertions_and_opens_all_slots_where_none
     full = MODEL.generate(**{**CANVAS, "max_gap_tokens": torch.tensor([[1, 1, 1]])}, max_new_tokens=3,
                           min_new_tokens=3, slot_window=1)  # fmt: skip
     assert full.shape[1] == 7
-
-
-class Watch(LogitsProcessor):
-    def __init__(self):
-        self.seen = []
-
-    def __call__(self, input_ids, scores):
-        self.seen.append(input_ids.clone())
-        return scores
 
 
 def test_processors_see_all_tokens_and_the_slot_at_the_end():

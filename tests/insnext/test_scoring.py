@@ -5,11 +5,12 @@ from itertools import combinations, permutations, product
 
 import pytest
 import torch
-from helpers import difference, tiny_model
 
 import modeling_insnext.insnext.attention as attention
 import modeling_insnext.insnext.scoring as scoring
 from modeling_insnext.insnext.scoring import _draw_orders
+from tests.support.equality import difference
+from tests.support.insnext import tiny_model
 
 
 BUDGET = 1e-10

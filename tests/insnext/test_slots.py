@@ -4,7 +4,6 @@ from itertools import permutations
 
 import pytest
 import torch
-from helpers import build_row, difference, losses_by_state, packed_rows, random_ids, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +11,9 @@ import modeling_insnext.insnext.slots as slots
 from modeling_insnext.insnext.attention import build_interval
 from modeling_insnext.insnext.slots import missing_units, slot_table
 from modeling_insnext.insnext.supervision import TargetKind
+from tests.support.built_text import build_row, losses_by_state, packed_rows, random_ids
+from tests.support.equality import difference
+from tests.support.insnext import tiny_model
 
 
 EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from helpers_hub import tiny_model
-from quiet_training import arguments
 from torch.utils.data import IterableDataset
 
 from modeling_insnext import InsNextForInsertionLM
 from modeling_insnext.data import InsertionCollator, Passes
 from modeling_insnext.insertion_trainer import InsertionTrainer
+from tests.support.insnext import shipped_model
+from tests.support.quiet_training import arguments
 
 
 TEXTS = [{"input_ids": [1, *range(3 + i, 12 + i)]} for i in range(5)]
@@ -33,7 +33,9 @@ def train(folder, resume=None, workers=0, **options):
     collate.made = []
     options = {"max_steps": 8, "per_device_train_batch_size": 2, "save_strategy": "steps", "save_steps": 4, **options}
     args = arguments(folder, dataloader_num_workers=workers, **options)
-    trainer = InsertionTrainer(tiny_model(InsNextForInsertionLM), args, train_dataset=Stream(), data_collator=collate)
+    trainer = InsertionTrainer(
+        shipped_model(InsNextForInsertionLM), args, train_dataset=Stream(), data_collator=collate
+    )
     trainer.train(resume_from_checkpoint=resume)
     return trainer, collate.made
 
@@ -97,7 +99,7 @@ def test_a_stream_has_no_epochs_to_act_on(tmp_path, name):
         options = {"eval_dataset": TEXTS} if name == "eval_strategy" else {}
         args = arguments(tmp_path, max_steps=2, **{name: "epoch"})
         InsertionTrainer(
-            tiny_model(InsNextForInsertionLM),
+            shipped_model(InsNextForInsertionLM),
             args,
             train_dataset=Stream(),
             data_collator=Watching(pad_token_id=0),

@@ -9,10 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modeling_insnext.insnext.trace import InsertionTrace
+from tests.support.tokenizers import tiny_tokenizer
 
 
 TEXT = "The old man drank a café <b>&amp;</b> watched 日本 boats"
@@ -20,16 +21,9 @@ TEXT = "The old man drank a café <b>&amp;</b> watched 日本 boats"
 
 @cache
 def byte_tokenizer():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    return tiny_tokenizer(
+        300, bos_in_front=False, texts=["The old man watched the boats"] * 9, all_bytes=True, add_prefix_space=False
     )
-    tokenizer.train_from_iterator(["The old man watched the boats"] * 9, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
 
 def word_piece_tokenizer():
@@ -48,7 +42,7 @@ def metaspace_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", unk_token="<unk>")
 
 
-def output_of(ids, steps, pad=2, **fields):
+def output_of(ids, steps, pad=0, **fields):
     """One padded row, as `generate` returns it."""
     return SimpleNamespace(
         sequences=torch.tensor([[*ids, pad, pad]]), insertion_steps=torch.tensor([[*steps, -2, -2]]), **fields
@@ -56,7 +50,7 @@ def output_of(ids, steps, pad=2, **fields):
 
 
 def trace_of(text, steps_of=None, **fields):
-    ids = [0, *byte_tokenizer()(text, add_special_tokens=False)["input_ids"]]
+    ids = [1, *byte_tokenizer()(text, add_special_tokens=False)["input_ids"]]
     steps = [-1, *(steps_of(len(ids) - 1) if steps_of else range(1, len(ids)))]
     return InsertionTrace.from_output(output_of(ids, steps, **fields), byte_tokenizer())
 
@@ -64,7 +58,7 @@ def trace_of(text, steps_of=None, **fields):
 def small_trace(**fields):
     """given "The", " boats"; written " old", then " man", then "!"."""
     tokenizer = byte_tokenizer()
-    ids, steps = [0], [-1]
+    ids, steps = [1], [-1]
     for piece, step in (("The", -1), (" old", 1), (" man", 2), (" boats", -1), ("!", 3)):
         new = tokenizer(piece, add_special_tokens=False)["input_ids"]
         assert len(new) == 1, piece
@@ -215,7 +209,7 @@ def test_rows_are_told_apart():
     tokenizer = byte_tokenizer()
     a, b = (tokenizer(word)["input_ids"] for word in ("old", "man"))
     output = SimpleNamespace(
-        sequences=torch.tensor([[0, a[0]], [0, b[0]]]),
+        sequences=torch.tensor([[1, a[0]], [1, b[0]]]),
         insertion_steps=torch.tensor([[-1, -1], [-1, 1]]),
         reencoded_at=[[], [1]],
         encoded_tokens=torch.tensor([2, 5]),
@@ -231,7 +225,7 @@ def test_a_text_that_nothing_was_written_into_has_a_trace():
     trace = trace_of("The boats", lambda n: [-1] * n)
     assert trace.text() == "given  ‹The boats›"
     assert "nothing written" in trace.html()
-    empty = InsertionTrace.from_output(output_of([0], [-1]), byte_tokenizer())
+    empty = InsertionTrace.from_output(output_of([1], [-1]), byte_tokenizer())
     assert empty.text() == "given  (nothing)" and empty.units == ()
 
 

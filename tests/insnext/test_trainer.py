@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from helpers_hub import VOCAB_SIZE, tiny_model, tiny_tokenizer
-from quiet_training import arguments, losses, weights
 from torch.utils.data import Dataset
 from transformers import DataCollatorForLanguageModeling, Trainer
 
@@ -17,13 +15,16 @@ from modeling_insnext import (
 )
 from modeling_insnext.data import ContextMixture, InsertionCollator
 from modeling_insnext.insertion_trainer import InsertionTrainer
+from tests.support.insnext import SHIPPED_VOCAB, shipped_model
+from tests.support.quiet_training import arguments, losses, weights
+from tests.support.tokenizers import tiny_tokenizer
 
 
 def texts(count=8, seed=0):
     """Texts of unequal lengths, so that a mean of means is not the mean."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [4 + 3 * (i % 4) for i in range(count)]
-    return [{"input_ids": [1, *torch.randint(3, VOCAB_SIZE, (n,), generator=generator).tolist()]} for n in lengths]
+    return [{"input_ids": [1, *torch.randint(3, SHIPPED_VOCAB, (n,), generator=generator).tolist()]} for n in lengths]
 
 
 def collator(**options):
@@ -34,7 +35,7 @@ def collator(**options):
 def insertion_trainer(folder, model=None, trainer_class=InsertionTrainer, data=None, collate=None, **options):
     extra = {name: options.pop(name) for name in ("eval_dataset", "eval_data_collator") if name in options}
     return trainer_class(
-        model=model or tiny_model(InsNextForInsertionLM),
+        model=model or shipped_model(InsNextForInsertionLM),
         args=arguments(folder, **options),
         train_dataset=texts() if data is None else data,
         data_collator=collate or collator(),
@@ -44,7 +45,7 @@ def insertion_trainer(folder, model=None, trainer_class=InsertionTrainer, data=N
 
 @pytest.mark.parametrize("trainer_class", [InsertionTrainer, Trainer])
 def test_a_small_set_is_learnt_by_heart(tmp_path, trainer_class):
-    model = tiny_model(InsNextForInsertionLM, initializer_range=0.02)
+    model = shipped_model(InsNextForInsertionLM, initializer_range=0.02)
     options = {
         "per_device_train_batch_size": 8,
         "max_steps": 80,
@@ -108,7 +109,7 @@ class IgnoresTheCount(InsNextForInsertionLM):
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     def run(model_class, accumulate):
-        model = tiny_model(model_class)
+        model = shipped_model(model_class)
         return one_step(tmp_path, model, InsertionTrainer, texts(4), collator(), accumulate)
 
     (whole, gradient), (parts, summed) = (run(InsNextForInsertionLM, accumulate) for accumulate in (1, 4))
@@ -135,7 +136,7 @@ class Labelled(Dataset):
 
 def labelled(kind, count=4):
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, VOCAB_SIZE, (count, 6), generator=generator)
+    ids = torch.randint(3, SHIPPED_VOCAB, (count, 6), generator=generator)
     rows = []
     for index in range(count):
         row = {"input_ids": ids[index], "attention_mask": torch.ones(6, dtype=torch.long)}
@@ -168,7 +169,7 @@ def test_heads_accumulate_gradients_too(tmp_path, kind):
     model_class, options = HEADS[kind]
 
     def run(accumulate):
-        return one_step(tmp_path, tiny_model(model_class, **options), Trainer, labelled(kind), None, accumulate)
+        return one_step(tmp_path, shipped_model(model_class, **options), Trainer, labelled(kind), None, accumulate)
 
     (whole, gradient), (parts, summed) = run(1), run(4)
     assert abs(whole - parts) < 1e-5 * whole
@@ -184,7 +185,7 @@ def test_heads_predict_and_are_measured(tmp_path, kind):
         assert prediction.predictions.shape[0] == prediction.label_ids.shape[0] == 6
         return {"mean": float(prediction.predictions.mean())}
 
-    model = tiny_model(model_class, **options).double()
+    model = shipped_model(model_class, **options).double()
     args = arguments(tmp_path, per_device_eval_batch_size=4)
     trainer = Trainer(model=model, args=args, eval_dataset=data, compute_metrics=measure)
     metrics = trainer.evaluate()
@@ -200,7 +201,7 @@ def test_left_to_right_it_is_any_causal_language_model(tmp_path):
     tokenizer = tiny_tokenizer()
     data = [{"input_ids": text["input_ids"] + [2]} for text in texts()]
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    model = tiny_model(InsNextForInsertionLM, initializer_range=0.02)
+    model = shipped_model(InsNextForInsertionLM, initializer_range=0.02)
     args = arguments(tmp_path, max_steps=60, per_device_train_batch_size=8, learning_rate=1e-2)
     trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data, data_collator=collate)
     before = trainer.evaluate()["eval_loss"]
@@ -209,14 +210,14 @@ def test_left_to_right_it_is_any_causal_language_model(tmp_path):
     assert abs(losses(trainer)[0] - before) < 1e-5 * before
     assert before > 3.5 and trainer.evaluate()["eval_loss"] < 0.5
     output = trainer.predict(data)
-    assert output.predictions.shape[::2] == (8, VOCAB_SIZE)
+    assert output.predictions.shape[::2] == (8, SHIPPED_VOCAB)
 
 
 def test_left_to_right_gradients_accumulate(tmp_path):
     collate = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
 
     def run(accumulate):
-        return one_step(tmp_path, tiny_model(InsNextForInsertionLM), Trainer, texts(4), collate, accumulate)
+        return one_step(tmp_path, shipped_model(InsNextForInsertionLM), Trainer, texts(4), collate, accumulate)
 
     (whole, gradient), (parts, summed) = run(1), run(4)
     assert abs(whole - parts) < 1e-6 * whole
@@ -230,7 +231,7 @@ def test_a_resumed_run_ends_where_the_whole_run_does(tmp_path, stop):
     dropout = options.pop("attention_dropout")
 
     def run(folder, seed, resume=None):
-        model = tiny_model(InsNextForInsertionLM, seed=seed, attention_dropout=dropout)
+        model = shipped_model(InsNextForInsertionLM, seed=seed, attention_dropout=dropout)
         trainer = insertion_trainer(folder, model, data=data, **options)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
@@ -250,7 +251,7 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, left_to_right):
     trainer_class = Trainer if left_to_right else InsertionTrainer
 
     def run(**options):
-        return one_step(tmp_path, tiny_model(InsNextForInsertionLM), trainer_class, texts(4), collate, 2, **options)
+        return one_step(tmp_path, shipped_model(InsNextForInsertionLM), trainer_class, texts(4), collate, 2, **options)
 
     (_, plain), (_, checkpointed) = run(), run(gradient_checkpointing=True)
     assert (plain - checkpointed).abs().max() < 1e-12
@@ -340,7 +341,7 @@ def with_token(name, token):
 )
 def test_what_cannot_be_trained_on_is_refused(changed, message):
     with pytest.raises(ValueError, match=message):
-        tiny_model(InsNextForInsertionLM)(**{**BATCH, **changed})
+        shipped_model(InsNextForInsertionLM)(**{**BATCH, **changed})
 
 
 @pytest.mark.parametrize(
@@ -349,14 +350,14 @@ def test_what_cannot_be_trained_on_is_refused(changed, message):
 def test_left_to_right_labels_outside_the_vocabulary_are_refused(label, rule):
     ids = torch.tensor([[1, 5, 6]])
     with pytest.raises(ValueError, match=rule):
-        tiny_model(InsNextForInsertionLM)(ids, labels=torch.tensor([[1, 5, label]]))
+        shipped_model(InsNextForInsertionLM)(ids, labels=torch.tensor([[1, 5, label]]))
 
 
 @pytest.mark.parametrize("num_items", [None, 1, 0, torch.tensor(0)], ids=str)
 @pytest.mark.parametrize("stops", [False, True])
 def test_a_batch_without_a_supervised_token_has_a_finite_loss_and_gradient(stops, num_items):
     """`Trainer` counts zero tokens then, and what a text ends with may be supervised all the same."""
-    model = tiny_model(InsNextForInsertionLM)
+    model = shipped_model(InsNextForInsertionLM)
     batch = collator()(texts(2))
     batch["labels"].fill_(-100)
     batch["stop_targets"] &= stops

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from clean_process import run_clean
-from helpers import BOS, build_row, random_ids, random_text, relative_error, tiny_model
 
 import insnext_kernels
 import modeling_insnext.insnext.attention_triton as attention_triton
 from modeling_insnext import InsNextForInsertionLM, InsNextModel
+from tests.support.built_text import build_row, random_ids, random_text
+from tests.support.clean_process import run_clean
+from tests.support.equality import relative_error
+from tests.support.insnext import BOS, tiny_model
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_kernels import ROOT
 
 from insnext_kernels import slot_cross_entropy
+from tests.support.kernels import ROOT
 
 
 BENCHMARKS = ROOT / "kernels" / "benchmarks"

@@ -4,7 +4,6 @@ from itertools import product
 
 import pytest
 import torch
-from helpers_kernels import DEVICE, DTYPES, assert_as_accurate, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import pad
@@ -13,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from insnext_kernels import common
 from insnext_kernels.grouped_cross_attention import grouped_cross_attention, grouped_cross_attention_reference, ops
+from tests.support.equality import relative_error
+from tests.support.kernels import DEVICE, DTYPES, assert_as_accurate
 
 
 def inputs(B=1, H=2, G=2, C=3, M=8, N=5, S=32, K=3, D=16, missing=0.2, popular=False):

@@ -4,9 +4,9 @@ from itertools import product
 
 import pytest
 import torch
-from helpers_kernels import SHARED_MEMORY, compiled_for_sm90
 
 from insnext_kernels.grouped_cross_attention.triton_tiles import Tiles, tiles
+from tests.support.kernels import SHARED_MEMORY, compiled_for_sm90
 
 
 CODE = """

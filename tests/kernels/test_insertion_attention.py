@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from helpers_kernels import DEVICE, DTYPES, assert_as_accurate, relative_error
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from insnext_kernels.insertion_attention import OffsetTable, insertion_attention, offset_table
 from modeling_insnext.insnext.attention import Interval, dense_bias, eager_attention, insertion_offsets
+from tests.support.equality import relative_error
+from tests.support.kernels import DEVICE, DTYPES, assert_as_accurate
 
 
 def intervals(kind, B, Q, K, generator):

@@ -1,7 +1,8 @@
 """Insertion attention compiled for Hopper without a GPU: tensor cores, memory, spills."""
 
 import pytest
-from helpers_kernels import SHARED_MEMORY, compiled_for_sm90
+
+from tests.support.kernels import SHARED_MEMORY, compiled_for_sm90
 
 
 CODE = """

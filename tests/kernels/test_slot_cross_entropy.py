@@ -5,12 +5,13 @@ import math
 
 import pytest
 import torch
-from helpers_kernels import DEVICE, DTYPES, SHARED_MEMORY, assert_as_accurate, compiled_for_sm90, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from insnext_kernels import slot_cross_entropy
+from tests.support.equality import relative_error
+from tests.support.kernels import DEVICE, DTYPES, SHARED_MEMORY, assert_as_accurate, compiled_for_sm90
 
 
 ops = importlib.import_module("insnext_kernels.slot_cross_entropy.ops")

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from helpers_kernels import DEVICE, relative_error
 
 from insnext_kernels import slot_cross_entropy
-from modeling_insnext import InsNextConfig, InsNextForInsertionLM
 from modeling_insnext.insnext import slot_losses
 from modeling_insnext.insnext.supervision import Supervision
+from tests.support.equality import relative_error
+from tests.support.insnext import tiny_model
+from tests.support.kernels import DEVICE
 
 
 def packed_texts(generator, lengths=(9, 14, 6), contexts=(3, 5, 6), pads=2):
@@ -27,13 +28,9 @@ def packed_texts(generator, lengths=(9, 14, 6), contexts=(3, 5, 6), pads=2):
     ]
 
 
-def tiny_model(dtype, **options):
-    torch.manual_seed(0)
-    shape = {"vocab_size": 23, "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2}
-    config = InsNextConfig(
-        **shape, num_attention_heads=2, max_position_embeddings=96, initializer_range=0.3, **options
-    )
-    return InsNextForInsertionLM(config).to(DEVICE, dtype)
+def on_device(dtype, **options):
+    shape = {"hidden_size": 64, "intermediate_size": 80, "num_attention_heads": 2}
+    return tiny_model(dtype=dtype, attn=None, **shape, **options).train().to(DEVICE)
 
 
 def batch(soft, seed=0):
@@ -77,7 +74,7 @@ def losses_and_gradients(model, inputs, implementation):
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_twin_is_the_position_loss_of_the_model(soft, seed, monkeypatch):
-    model, inputs = tiny_model(torch.float64, position_logit_cap=5.0), batch(soft, seed)
+    model, inputs = on_device(torch.float64, position_logit_cap=5.0), batch(soft, seed)
     exact = losses_and_gradients(model, inputs, "eager")
     assert (exact["loss"] > 0).sum() > 10
 
@@ -96,8 +93,8 @@ def test_the_twin_is_the_position_loss_of_the_model(soft, seed, monkeypatch):
 @pytest.mark.parametrize("soft", [False, True])
 def test_the_kernels_give_the_model_the_same_loss_and_gradients(soft):
     inputs = batch(soft)
-    exact = losses_and_gradients(tiny_model(torch.float64), inputs, "eager")
-    model = tiny_model(torch.float32)
+    exact = losses_and_gradients(on_device(torch.float64), inputs, "eager")
+    model = on_device(torch.float32)
     twin, ours = (losses_and_gradients(model, inputs, name) for name in ("eager", "insnext_triton"))
     for name in exact:
         budget = 2 * relative_error(twin[name], exact[name]) + torch.finfo(torch.float32).eps
@@ -109,7 +106,7 @@ def test_training_with_insnext_triton_is_training_with_eager(soft):
     inputs = batch(soft)
     results = []
     for implementation in ("eager", "insnext_triton"):
-        model = tiny_model(torch.float32)
+        model = on_device(torch.float32)
         model.set_attn_implementation(implementation)
         out = model(**inputs)
         out.loss.backward()
@@ -120,6 +117,6 @@ def test_training_with_insnext_triton_is_training_with_eager(soft):
 
 def test_the_eager_model_never_calls_the_kernel(monkeypatch):
     monkeypatch.setattr(slot_losses, "slot_cross_entropy", None)
-    model, inputs = tiny_model(torch.float32), batch(False)
+    model, inputs = on_device(torch.float32), batch(False)
     model.set_attn_implementation("sdpa")
     assert model(**inputs).loss.isfinite()

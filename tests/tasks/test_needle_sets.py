@@ -83,15 +83,14 @@ def test_ids_that_the_type_of_the_haystack_cannot_hold_widen_the_file(tmp_path):
 def test_little_memory_is_taken_for_a_long_text(tmp_path):
     code = """
 import resource, sys
-sys.path[:0] = sys.argv[1:2]
-from test_needle_sets import HAYSTACK, make_task, write_needles
+from tests.tasks.test_needle_sets import HAYSTACK, make_task, write_needles
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-write_needles(sys.argv[2], make_task("two_hop"), HAYSTACK, 1 << 26, 0)
+write_needles(sys.argv[1], make_task("two_hop"), HAYSTACK, 1 << 26, 0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
     path = tmp_path / "book.npy"
     run = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), str(path)],
+        [sys.executable, "-c", code, str(path)],
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     # in KiB: blocks of 2 MiB against 128 MiB of text

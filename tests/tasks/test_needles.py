@@ -258,9 +258,8 @@ def test_no_two_strings_are_equal_when_all_of_them_are_needed():
 
 
 PRINT = """
-import hashlib, sys
-sys.path[:0] = sys.argv[1:2]
-from test_needles import HAYSTACK, KINDS, draw_needles, make_task
+import hashlib
+from tests.tasks.test_needles import HAYSTACK, KINDS, draw_needles, make_task
 for kind in KINDS:
     sample = draw_needles(make_task(kind), HAYSTACK, 1024, 7, 3, 1)
     print(hashlib.sha256(sample.input_ids.tobytes()).hexdigest(), sample.needles, sample.depths)
@@ -269,7 +268,7 @@ for kind in KINDS:
 
 def test_a_sample_is_the_same_in_another_process_and_after_other_draws():
     run = subprocess.run(
-        [sys.executable, "-c", PRINT, str(Path(__file__).parent)],
+        [sys.executable, "-c", PRINT],
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
     np.random.seed(5)

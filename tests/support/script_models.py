@@ -2,15 +2,15 @@
 
 import json
 import random
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tiny_tokenizers import byte_tokenizer
-from tokenizers import pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modeling_insnext import DrtConfig, DrtForCausalLM, InsNextConfig, InsNextForInsertionLM
+from tests.support import drt, insnext
+from tests.support.tokenizers import tiny_tokenizer
 
 
 WORDS = "the a old young man woman dog cat sea ball runs sleeps sees finds big red house and".split()
@@ -19,6 +19,7 @@ SHAPES = {
     "insnext": {**SIZES, "num_hidden_layers": 2, "max_position_embeddings": 128},
     "drt": {
         **SIZES,
+        "num_key_value_heads": 2,
         "num_lower_layers": 1,
         "retrieval_groups": [1],
         "num_encoder_layers": 1,
@@ -27,23 +28,20 @@ SHAPES = {
         "sliding_window": 8,
     },
 }
-CLASSES = {"insnext": (InsNextConfig, InsNextForInsertionLM), "drt": (DrtConfig, DrtForCausalLM)}
+MAKERS = {
+    "insnext": partial(insnext.shipped_model, **SHAPES["insnext"]),
+    "drt": partial(drt.shipped_model, **SHAPES["drt"]),
+}
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    return byte_tokenizer(320, texts=[" ".join(WORDS)] * 9, alphabet=pre_tokenizers.ByteLevel.alphabet())
-
-
-def tiny_model(model_type: str, vocab_size: int = 320):
-    torch.manual_seed(0)
-    config_class, model_class = CLASSES[model_type]
-    return model_class(config_class(**SHAPES[model_type], vocab_size=vocab_size)).eval()
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer(320, texts=[" ".join(WORDS)] * 9, all_bytes=True)
 
 
 def save_tiny_model(model_type: str, folder: Path) -> None:
     """Write a checkpoint and its tokenizer."""
-    tokenizer = tiny_tokenizer()
-    tiny_model(model_type, len(tokenizer)).save_pretrained(folder)
+    tokenizer = word_tokenizer()
+    MAKERS[model_type](vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

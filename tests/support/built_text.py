@@ -1,34 +1,14 @@
-"""Tiny models, random insertion sequences, and a text that is really built by list insertion: the oracle."""
+"""Random insertion sequences, and a text that is really built by list insertion: the oracle."""
 
 from dataclasses import dataclass, field
 
 import torch
 from hypothesis import strategies as st
 
-from modeling_insnext import InsNextConfig, InsNextForInsertionLM
 from modeling_insnext.insnext.attention import build_interval
 from modeling_insnext.insnext.slot_losses import insertion_losses
 from modeling_insnext.insnext.supervision import Supervision
-
-
-PAD, BOS, EOS = 0, 1, 2
-
-
-def tiny_model(model_class=InsNextForInsertionLM, dtype=torch.float64, seed=0, attn="eager", **overrides):
-    """Return a model of 2 layers in eval mode whose outputs are far from uniform."""
-    torch.manual_seed(seed)
-    shape = {
-        "vocab_size": 23,
-        "hidden_size": 32,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 96,
-        "initializer_range": 0.3,
-    }
-    model = model_class(InsNextConfig(**{**shape, **overrides})).eval().to(dtype)
-    model.set_attn_implementation(attn)
-    return model
+from tests.support.insnext import BOS
 
 
 @dataclass
@@ -124,27 +104,6 @@ def random_ids(row: Built, generator: torch.Generator):
         if entry == start:
             ids[0, entry] = BOS
     return ids
-
-
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest absolute difference; nan and different patterns of infinity are errors."""
-    assert actual.shape == expected.shape, f"{tuple(actual.shape)} is not {tuple(expected.shape)}"
-    assert not actual.isnan().any() and not expected.isnan().any(), "nan in a result"
-    assert torch.equal(actual.isinf(), expected.isinf()), "infinities differ"
-    finite = expected.isfinite()
-    return (
-        float((actual.detach().double()[finite] - expected.detach().double()[finite]).abs().max())
-        if finite.any()
-        else 0.0
-    )
-
-
-def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return the relative error in the Euclidean norm; nan and different patterns of infinity are errors."""
-    difference(actual, exact)
-    finite = exact.isfinite()
-    actual, exact = actual.double()[finite], exact.double()[finite]
-    return float((actual - exact).norm() / exact.norm().clamp_min(1e-300))
 
 
 def losses_by_state(model, ids, interval, **supervision):

@@ -1,34 +1,19 @@
 """Tiny models, random canvases and a twin of `generate` that has no cache: it encodes the whole text at every step."""
 
 import math
+from functools import partial
 
 import torch
 
 from modeling_insnext.insnext.attention import alibi_slopes
 from modeling_insnext.insnext.budget import Budget
 from modeling_insnext.insnext.canvas import Canvas
-from modeling_insnext.insnext.configuration_insnext import InsNextConfig
 from modeling_insnext.insnext.draft import Draft
-from modeling_insnext.insnext.modeling_insnext import InsNextForInsertionLM
+from tests.support.insnext import BOS, EOS, PAD, tiny_model
 
 
-PAD, BOS, EOS = 0, 1, 2
 VOCAB = 13
-
-
-def tiny_model(seed=0, dtype=torch.float64, **overrides):
-    """Return a random model whose distributions are far from uniform."""
-    shape = dict(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        initializer_range=0.3,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(seed)
-    return InsNextForInsertionLM(InsNextConfig(**{**shape, **overrides})).to(dtype).eval()
+writing_model = partial(tiny_model, vocab_size=VOCAB, attn=None)
 
 
 def canvas_of(rows, **fields):

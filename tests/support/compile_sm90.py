@@ -1,4 +1,4 @@
-"""Compile kernels for Hopper without a GPU: `PYTHONPATH=.:kernels python tests/kernels/compile_sm90.py < code`.
+"""Compile kernels for Hopper without a GPU: `PYTHONPATH=.:kernels python tests/support/compile_sm90.py < code`.
 
 Runs the Python code on standard input with every Triton launch replaced by a compilation for sm_90, specialised to
 the launch's own arguments. Nothing is executed, so results are garbage, but what the interpreter accepts and the

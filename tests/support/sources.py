@@ -5,11 +5,14 @@ import types
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    ModernBertConfig,
     Qwen2Config,
     Qwen3Config,
+    RobertaConfig,
 )
 
 
@@ -48,6 +51,21 @@ DECODERS = {
     ),
 }
 CHUNKS = {"chunk_size": 5, "num_retrieved_chunks": 2, "num_encoder_layers": 1}
+SMALL_ENCODER = {
+    "vocab_size": 50,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 66,
+}
+SPECIAL = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+MODERN = {**SMALL_ENCODER, **SPECIAL, "cls_token_id": 0, "sep_token_id": 2, "local_attention": 40, "norm_bias": False}
+ENCODERS = {
+    "roberta": RobertaConfig(**SMALL_ENCODER, **SPECIAL, type_vocab_size=1),
+    "modernbert": ModernBertConfig(**MODERN),
+    "modernbert_biased": ModernBertConfig(**{**MODERN, "norm_bias": True}, attention_bias=True, mlp_bias=True),
+}
 
 
 def shaken(model, seed: int = 0):
@@ -64,6 +82,11 @@ def shaken(model, seed: int = 0):
 def source_model(name: str):
     torch.manual_seed(0)
     return shaken(AutoModelForCausalLM.from_config(DECODERS[name]))
+
+
+def encoder(name):
+    torch.manual_seed(0)
+    return shaken(AutoModelForMaskedLM.from_config(ENCODERS[name]))
 
 
 def random_ids(rows: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -88,8 +111,3 @@ def exact(model):
         elif kind.endswith("RotaryEmbedding"):
             module.forward = types.MethodType(_table, module)
     return model
-
-
-def worst(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    assert actual.shape == expected.shape and not actual.isnan().any()
-    return float((actual - expected).detach().abs().max())

@@ -1,7 +1,6 @@
-"""Tiny float64 models: chunks of five tokens, a window of nine positions, two of many chunks retrieved.
+"""The one maker of tiny DRT models: chunks of five tokens, a window of nine positions, two chunks retrieved."""
 
-The name is not `helpers`: test folders are no packages, so the names of their modules must differ.
-"""
+from functools import partial
 
 import torch
 
@@ -43,10 +42,14 @@ def tiny_config(**changes) -> DrtConfig:
     return DrtConfig(**{**TINY, **changes})
 
 
-def tiny_model(seed: int = 0, **changes) -> DrtForCausalLM:
-    """Return an evaluation-mode float64 model whose config is `TINY` with `changes`."""
+def tiny_model(model_class=DrtForCausalLM, dtype=torch.float64, seed: int = 0, **changes):
+    """Return a model in evaluation mode whose config is `TINY` with `changes`."""
     torch.manual_seed(seed)
-    return DrtForCausalLM(tiny_config(**changes)).double().eval()
+    return model_class(tiny_config(**changes)).to(dtype).eval()
+
+
+# as users meet it
+shipped_model = partial(tiny_model, dtype=torch.float32)
 
 
 def random_ids(rows: int, length: int, seed: int = 0, vocab_size: int = 50) -> torch.Tensor:

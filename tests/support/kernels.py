@@ -1,7 +1,4 @@
-"""What the tests of all kernels share: the error measure and its budget, dtypes, and compilation without a GPU.
-
-The name is not `helpers`: test folders are no packages, so the names of their modules must differ.
-"""
+"""What the tests of all kernels share: the budget of an error, dtypes, and compilation without a GPU."""
 
 import json
 import os
@@ -11,21 +8,13 @@ from pathlib import Path
 
 import torch
 
+from tests.support.equality import relative_error
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 227 * 1024  # bytes that a block may use on Hopper
-
-
-def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """Return |actual - exact| / |exact|; NaN, or another pattern of -inf, fails at once."""
-    assert actual.shape == exact.shape, f"shape {tuple(actual.shape)} in the place of {tuple(exact.shape)}"
-    assert not actual.isnan().any(), "nan in the result"
-    assert torch.equal(actual.isneginf(), exact.isneginf()), "another pattern of -inf"
-    finite = ~exact.isneginf()
-    actual, exact = actual.double()[finite], exact.double()[finite]
-    return ((actual - exact).norm() / exact.norm().clamp_min(1e-300)).item()
 
 
 def assert_as_accurate(ours: dict, twin: dict, exact: dict, dtype: torch.dtype) -> None:
