@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import modeling_insnext
 
 
 ROOT = Path(__file__).parents[1]
-REMOTE_CODE = ROOT / "modeling_insnext" / "insnext"
+REMOTE_CODE = [ROOT / "modeling_insnext" / name for name in ("insnext", "drt")]
 MAX_LINES = 600
 MACHINE_PATH = re.compile(r"(?<![\w.])/(?:work|opt|root|home|Users|mnt)/\w|\bshared/(?:data|reference|design)")
 DATA_SUFFIXES = (".jsonl", ".gz", ".npz", ".parquet", ".arrow", ".bin", ".pt", ".pkl")
@@ -61,6 +61,25 @@ def test_the_folder_kernels_is_no_package():
     assert "kernels" not in declared_packages()
 
 
+FIND_KERNELS = "import sys; sys.path[:0] = sys.argv[1:]; import kernels; print(kernels.__file__)"
+
+
+@pytest.mark.parametrize("ours", [ROOT, ROOT / "tests"], ids=["root", "tests"])
+def test_our_folders_of_that_name_do_not_hide_the_package_that_transformers_imports(ours, tmp_path):
+    (tmp_path / "theirs" / "kernels").mkdir(parents=True)
+    (tmp_path / "theirs" / "kernels" / "__init__.py").touch()
+
+    def found(*folders):
+        command = [sys.executable, "-c", FIND_KERNELS, *map(str, folders)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True).stdout.strip()
+
+    assert found(ours, tmp_path / "theirs").startswith(str(tmp_path / "theirs"))
+    # control: a package of that name in front does
+    (tmp_path / "front" / "kernels").mkdir(parents=True)
+    (tmp_path / "front" / "kernels" / "__init__.py").touch()
+    assert found(tmp_path / "front", tmp_path / "theirs").startswith(str(tmp_path / "front"))
+
+
 def test_the_version_stands_in_one_place():
     assert modeling_insnext.__version__ == version("modeling-insnext")
     assigned = re.compile(r"""^\s*(?:__)?version(?:__)?\s*=\s*["']\d""", re.MULTILINE)
@@ -94,11 +113,17 @@ def test_no_file_of_code_is_too_long():
     assert {str(path): lines for path, lines in lengths.items() if lines > MAX_LINES} == {}
 
 
+def comes_with_transformers() -> set[str]:
+    """Names of the packages that Transformers itself requires: remote code meets them wherever it is loaded."""
+    plain = [line for line in requires("transformers") if "extra ==" not in line]
+    return {re.match(r"[\w.-]+", line)[0].replace("-", "_") for line in plain}
+
+
 def remote_code_faults(text: str, modules: set[str]) -> list[str]:
     """Say what keeps a file from working as remote code, whose imports transformers finds by regular expression."""
     tree = ast.parse(text)
     tried = {id(node) for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
-    allowed = {*sys.stdlib_module_names, "torch", "transformers"}
+    allowed = {*sys.stdlib_module_names, "torch", "transformers", *comes_with_transformers()}
     faults, relative = [], []
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level:
@@ -118,9 +143,13 @@ def remote_code_faults(text: str, modules: set[str]) -> list[str]:
     return faults
 
 
-@pytest.mark.parametrize("path", sorted(REMOTE_CODE.glob("*.py")), ids=lambda path: path.stem)
-def test_a_file_of_the_model_works_as_remote_code(path):
-    modules = {file.stem for file in REMOTE_CODE.glob("*.py")}
+@pytest.mark.parametrize(
+    "path",
+    [path for folder in REMOTE_CODE for path in sorted(folder.glob("*.py"))],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_a_file_of_a_model_works_as_remote_code(path):
+    modules = {file.stem for file in path.parent.glob("*.py")}
     assert remote_code_faults(source_text(path), modules) == []
 
 
@@ -131,8 +160,8 @@ def test_a_file_of_the_model_works_as_remote_code(path):
         "from ..data import orders",
         "from .slots.table import rows",
         "from .absent import rows",
-        "import numpy",
-        "def f():\n    import numpy",
+        "import datasets",
+        "def f():\n    import datasets",
         "try:\n    import modeling_insnext\nexcept ImportError:\n    pass",
         'def f():\n    """\n    from .slots import rows\n    """',
         "x = 1; from .slots import rows",
