@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.support import drt, insnext
-from tests.support.equality import same_bits, within_rounding
+from tests.support.equality import assert_set_as_accurate, same_bits, within_rounding
 
 
 MAKERS = {"insnext": insnext.tiny_model, "drt": drt.tiny_model}
@@ -44,3 +44,13 @@ def test_infinities_must_stand_in_the_same_places():
         within_rounding(one, torch.tensor([1.0, torch.inf]))
     with pytest.raises(AssertionError, match="nan"):
         within_rounding(one * torch.nan, one)
+
+
+def test_a_lucky_tensor_of_the_twin_sets_no_budget_and_a_wrong_one_of_ours_is_seen():
+    exact = {str(n): torch.ones(9, dtype=torch.float64) for n in range(30)}
+    twin = {name: (tensor * (1 + 1e-6)).float() for name, tensor in exact.items()}
+    ours = dict(twin)
+    assert_set_as_accurate(ours, {**twin, "0": exact["0"].float()}, exact)
+    for wrong in (exact["3"].float() * (1 + 1e-4), exact["3"].float() * 0, exact["3"].float() * 2):
+        with pytest.raises(AssertionError, match="above budget"):
+            assert_set_as_accurate({**ours, "3": wrong}, twin, exact)

@@ -14,6 +14,7 @@ from modeling_insnext import ChunkMemoryCache
 from modeling_insnext.drt import cache_file
 from modeling_insnext.drt.cache_file import decoder_of, read_header, weights_digest
 from tests.support.drt import padded, random_ids, read, tiny_model
+from tests.support.equality import same_bits, within_rounding
 
 
 LOCATIONS = ("device", "host", "disk")
@@ -38,7 +39,7 @@ def go_on_alike(model, past, path, location, rows=2, step=4, mask=None):
     more = random_ids(rows, 21, seed=1)
     mask = None if mask is None else torch.cat([mask, torch.ones_like(more)], 1)
     loaded = ChunkMemoryCache.load(path, model, location)
-    assert torch.equal(read(model, more, loaded, step, mask), read(model, more, past, step, mask))
+    assert within_rounding(read(model, more, loaded, step, mask), read(model, more, past, step, mask))
 
 
 @pytest.mark.parametrize("location", LOCATIONS)
@@ -94,7 +95,7 @@ def test_any_safetensors_tool_reads_the_file(tmp_path):
         assert file.metadata()["format"] == "drt-chunk-memory"
         assert json.loads(file.metadata()["state"])["seen"] == [33, 33]
         chunks = file.get_tensor("memory.chunks")
-        assert torch.equal(chunks, past.memory.slab.chunks[:12])
+        assert same_bits(chunks, past.memory.slab.chunks[:12])
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
     # and what it writes is read again, in its order of tensors
     save_file(tensors, tmp_path / "again", metadata)

@@ -15,6 +15,7 @@ from transformers import (
 from modeling_insnext import DrtConfig, DrtForCausalLM, DrtForSequenceClassification, DrtModel
 from modeling_insnext.drt import AUTO_CLASSES
 from tests.support.drt import random_ids, shipped_model, tiny_config
+from tests.support.equality import same_bits, within_rounding
 
 
 IDS = random_ids(2, 33)
@@ -37,7 +38,7 @@ def read(model, ids=IDS):
 
 def equal_states(first, second):
     assert first.keys() == second.keys()
-    return all(torch.equal(first[name], second[name]) for name in first)
+    return same_bits(first, second)
 
 
 def test_three_auto_classes_are_registered(checkpoint):
@@ -51,15 +52,15 @@ def test_three_auto_classes_are_registered(checkpoint):
     assert type(AutoConfig.from_pretrained(checkpoint[0])) is DrtConfig
 
 
-def test_a_saved_model_gives_the_same_logits_bit_for_bit(checkpoint):
+def test_a_saved_model_comes_back_bit_for_bit_and_gives_the_same_logits(checkpoint):
     folder, model = checkpoint
     loaded, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
     assert not loaded.training
     assert equal_states(model.state_dict(), loaded.state_dict())
-    assert torch.equal(read(loaded), read(model))
+    assert within_rounding(read(loaded), read(model))
     # control: another seed is another model
-    assert not torch.equal(read(shipped_model(seed=1)), read(model))
+    assert not within_rounding(read(shipped_model(seed=1)), read(model))
 
 
 def test_the_generation_config_survives(checkpoint):
@@ -67,14 +68,14 @@ def test_the_generation_config_survives(checkpoint):
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert loaded.generation_config.max_new_tokens == 7
     out = loaded.generate(IDS, do_sample=False)
-    assert torch.equal(out, model.generate(IDS, do_sample=False)) and out.shape[1] <= 33 + 7
+    assert same_bits(out, model.generate(IDS, do_sample=False)) and out.shape[1] <= 33 + 7
 
 
 def test_the_decoder_of_a_checkpoint_is_loaded_whole(checkpoint):
     folder, model = checkpoint
     decoder, report = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), report
-    assert torch.equal(read(decoder), read(model.model))
+    assert within_rounding(read(decoder), read(model.model))
 
 
 def test_a_head_gets_the_weights_of_the_language_model_and_a_new_classifier(checkpoint, tmp_path):
@@ -87,7 +88,7 @@ def test_a_head_gets_the_weights_of_the_language_model_and_a_new_classifier(chec
     head.save_pretrained(tmp_path)
     loaded, report = AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
-    assert torch.equal(read(loaded), read(head))
+    assert within_rounding(read(loaded), read(head))
 
 
 @pytest.mark.parametrize(
@@ -108,21 +109,21 @@ def test_every_kind_of_model_survives_saving(changes, tmp_path):
     model.save_pretrained(tmp_path)
     loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(report.values()), report
-    assert torch.equal(read(loaded), read(model))
+    assert within_rounding(read(loaded), read(model))
 
 
 def test_the_frozen_vectors_of_a_fixed_retriever_are_saved_and_not_trained(tmp_path):
     model = shipped_model(retriever="fixed")
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(stored["model.bag_of_tokens"], model.model.bag_of_tokens)
+    assert same_bits(stored["model.bag_of_tokens"], model.model.bag_of_tokens)
     assert model.model.bag_of_tokens.std() > 0.5
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert loaded.model.bag_of_tokens.dtype == torch.bfloat16
     # control: other vectors choose other chunks
     save_file({**stored, "model.bag_of_tokens": -stored["model.bag_of_tokens"].roll(1, 0)}, tmp_path / "other")
     (tmp_path / "other").replace(tmp_path / "model.safetensors")
-    assert not torch.equal(read(AutoModelForCausalLM.from_pretrained(tmp_path)), read(model))
+    assert not within_rounding(read(AutoModelForCausalLM.from_pretrained(tmp_path)), read(model))
 
 
 def test_weights_are_tied_after_loading_and_saved_once(checkpoint):
@@ -206,9 +207,11 @@ def test_more_tokens_can_be_added(tmp_path):
     before = read(model)
     model.resize_token_embeddings(60)
     assert model.config.vocab_size == model.vocab_size == 60 and read(model).shape[-1] == 60
-    assert torch.equal(read(model)[..., :50], before)
+    assert within_rounding(read(model)[..., :50], before)
     assert read(model, IDS + 10).isfinite().all()
     labels = IDS + 10
     assert model(labels, labels=labels).loss.isfinite()
     model.save_pretrained(tmp_path)
-    assert torch.equal(read(AutoModelForCausalLM.from_pretrained(tmp_path)), read(model))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert equal_states(model.state_dict(), loaded.state_dict())
+    assert within_rounding(read(loaded), read(model))

@@ -5,6 +5,7 @@ import torch
 
 from modeling_insnext import DrtForCausalLM, DrtForSequenceClassification
 from tests.support.drt import random_ids, shipped_model, tiny_model, whole
+from tests.support.equality import same_bits, within_rounding
 
 
 peft = pytest.importorskip("peft")
@@ -43,12 +44,12 @@ def test_a_merged_model_is_the_adapted_one(targets, tmp_path):
     assert (rest - expected[:, 14:]).abs().max() < 1e-9
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
-    assert torch.equal(whole(loaded, IDS), expected)
-    assert torch.equal(loaded.generate(input_ids=IDS, **GREEDY), written)
+    assert within_rounding(whole(loaded, IDS), expected)
+    assert same_bits(loaded.generate(input_ids=IDS, **GREEDY), written)
     merged = model.merge_and_unload()
     assert type(merged) is DrtForCausalLM
     assert (whole(merged, IDS) - expected).abs().max() < 1e-9
-    assert torch.equal(merged.generate(IDS, **GREEDY), written)
+    assert same_bits(merged.generate(IDS, **GREEDY), written)
     merged.save_pretrained(tmp_path / "merged")
     again = DrtForCausalLM.from_pretrained(tmp_path / "merged")
     assert (whole(again, IDS) - expected).abs().max() < 1e-9
@@ -65,7 +66,7 @@ def test_adapters_alone_are_trained(reentrant):
     torch.manual_seed(0)
     model(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
-    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    changed = {name for name, p in model.named_parameters() if not same_bits(p, before[name])}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert changed == trained
     assert all("lora_" in name or ".modules_to_save." in name for name in changed)

@@ -15,6 +15,7 @@ from peft import AutoPeftModel
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from modeling_insnext import DrtForCausalLM, InsNextForInsertionLM
+from tests.support.equality import same_bits
 from tests.support.script_models import SHAPES, losses, row, save_tiny_model, weights
 from tests.support.script_runner import run
 
@@ -94,7 +95,7 @@ def arguments(home: Path, output_dir: Path, case: str) -> tuple[str, list[str]]:
 
 
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return same_bits(first, second)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,7 +14,7 @@ from modeling_insnext.insnext.attention import (
     visible_keys,
 )
 from tests.support.built_text import build_row, random_ids
-from tests.support.equality import difference, relative_error
+from tests.support.equality import difference, relative_error, within_rounding
 from tests.support.insnext import tiny_model
 
 
@@ -202,7 +202,7 @@ def test_flex_attention_refuses_dropout():
 def test_attention_dropout_acts_in_training_only(attn):
     model, ids = tiny_model(InsNextModel, attn=attn, attention_dropout=0.5), torch.tensor([[1, 5, 6, 7]])
     first, second = (model(ids).last_hidden_state for _ in range(2))
-    assert torch.equal(first, second)
+    assert within_rounding(first, second)
     model.train()
     assert difference(model(ids).last_hidden_state, first) > 1e-2
 

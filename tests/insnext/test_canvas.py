@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from modeling_insnext.insnext.canvas import Canvas
 from modeling_insnext.insnext.canvas_pieces import continuation_mask_of
 from modeling_insnext.insnext.canvas_text import build_canvas
+from tests.support.equality import same_bits
 from tests.support.tokenizers import tiny_tokenizer
 
 
@@ -103,7 +104,7 @@ def test_a_mark_inside_a_word_leaves_a_piece_and_no_protection(kind):
     assert decoded(glued, tokenizer).strip() == "man unable"
     assert decoded(apart, tokenizer).strip() == "man un able"
     assert not glued["word_end_mask"].any()
-    assert torch.equal(apart["word_end_mask"], apart["slot_mask"])
+    assert same_bits(apart["word_end_mask"], apart["slot_mask"])
     able = int(glued["slot_mask"][0].nonzero()) + 1
     assert glued["continuation_mask"][glued["input_ids"][0, able]]
     assert not apart["continuation_mask"][apart["input_ids"][0, int(apart["slot_mask"][0].nonzero()) + 1]]
@@ -146,7 +147,7 @@ def test_keywords_stay_whole_between_open_gaps(kind):
     assert canvas["min_gap_tokens"].tolist() == [[0] * 4]
     assert canvas["max_gap_tokens"].tolist() == [[-1] * 4]
     # every open slot but the one after BOS ends a given word
-    assert torch.equal(canvas["word_end_mask"][0, 1:], canvas["slot_mask"][0, 1:])
+    assert same_bits(canvas["word_end_mask"][0, 1:], canvas["slot_mask"][0, 1:])
     assert not canvas["word_end_mask"][0, 0]
     phrase = ids[1 : gaps.index(1) + 1]
     assert tokenizer.decode(phrase).strip() == "old man"
@@ -197,8 +198,8 @@ def test_a_batch_is_padded_on_the_right_and_each_row_is_its_own_canvas():
         alone = build_canvas(tokenizer, text)
         length, gaps = alone["input_ids"].shape[1], alone["min_gap_tokens"].shape[1]
         for name in ("input_ids", "attention_mask", "slot_mask", "gap_ids", "word_end_mask"):
-            assert torch.equal(batch[name][row, :length], alone[name][0])
-        assert torch.equal(batch["max_gap_tokens"][row, :gaps], alone["max_gap_tokens"][0])
+            assert same_bits(batch[name][row, :length], alone[name][0])
+        assert same_bits(batch["max_gap_tokens"][row, :gaps], alone["max_gap_tokens"][0])
         assert not batch["attention_mask"][row, length:].any()
         assert not batch["slot_mask"][row, length:].any()
         assert (batch["input_ids"][row, length:] == tokenizer.pad_token_id).all()
@@ -208,8 +209,8 @@ def test_marks_of_one_character_may_be_longer_and_other_marks_are_possible():
     tokenizer = tokenizer_of("byte_level")
     short, long = build_canvas(tokenizer, "The ___ fox"), build_canvas(tokenizer, "The _______ fox")
     star = build_canvas(tokenizer, "The <gap> fox", gap="<gap>")
-    assert torch.equal(short["input_ids"], long["input_ids"])
-    assert torch.equal(short["input_ids"], star["input_ids"])
+    assert same_bits(short["input_ids"], long["input_ids"])
+    assert same_bits(short["input_ids"], star["input_ids"])
     assert "_" in decoded(build_canvas(tokenizer, "The __ fox ___"), tokenizer)
 
 
@@ -333,7 +334,7 @@ def test_white_space_is_given_or_a_border_whatever_stands_beside_the_mark(parts)
 
 def test_the_border_after_indentation_bars_pieces_without_a_space():
     canvas = build_canvas(tokenizer_of("byte_level"), "def f():\n    ___\n    return x")
-    assert torch.equal(canvas["word_end_mask"], canvas["slot_mask"])
+    assert same_bits(canvas["word_end_mask"], canvas["slot_mask"])
     # control: behind a tab, or at the start of a line, a word may stand right away
     assert not build_canvas(tokenizer_of("byte_level"), ["a\t___", "a\n___"])["word_end_mask"].any()
 
@@ -421,7 +422,7 @@ def test_a_prompt_opens_only_the_slot_at_its_end_whatever_its_padding():
     assert canvas["input_ids"].tolist() == [[5, 6, 9, 9], [7, 8, 6, 9], [1, 2, 9, 9]]
     assert canvas["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]]
     assert canvas["gap_ids"].tolist() == [[-1, 0, -1, -1], [-1, -1, 0, -1], [-1, 0, -1, -1]]
-    assert torch.equal(canvas["slot_mask"], canvas["gap_ids"] >= 0)
+    assert same_bits(canvas["slot_mask"], canvas["gap_ids"] >= 0)
     assert canvas["min_gap_tokens"].tolist() == [[0]] * 3 and canvas["max_gap_tokens"].tolist() == [[-1]] * 3
     canvas.validate(vocab_size=10)
     assert Canvas.from_ids(ids)["slot_mask"].tolist() == [[False, False, False, True]] * 3
@@ -441,7 +442,7 @@ def test_a_built_canvas_passes_through_unchanged():
     again = Canvas.from_ids(**canvas)
     assert again.keys() == canvas.keys()
     for name in canvas:
-        assert torch.equal(again[name], canvas[name]), name
+        assert same_bits(again[name], canvas[name]), name
 
 
 def test_a_row_without_an_open_slot_is_allowed():

@@ -15,6 +15,7 @@ from modeling_insnext.insnext.attention import (
     visible_keys,
 )
 from tests.support.built_text import Built, build_row, packed_rows
+from tests.support.equality import same_bits
 
 
 EXAMPLES = settings(max_examples=100, deadline=None, derandomize=True)
@@ -40,8 +41,8 @@ def offsets_by_list_insertion(row: Built):
 def test_building_the_text_by_list_insertion_gives_the_same_offsets(row):
     offsets, visible = offsets_of(row)
     expected, seen = offsets_by_list_insertion(row)
-    assert torch.equal(visible, seen)
-    assert torch.equal(offsets[seen], expected[seen])
+    assert same_bits(visible, seen)
+    assert same_bits(offsets[seen], expected[seen])
 
 
 def test_offsets_of_the_final_text_fail_the_same_comparison():
@@ -49,8 +50,8 @@ def test_offsets_of_the_final_text_fail_the_same_comparison():
     expected, seen = offsets_by_list_insertion(row)
     positions = torch.tensor(row.positions)
     final = positions[None] - positions[:, None]
-    assert torch.equal(offsets_of(row)[0][seen], expected[seen])
-    assert not torch.equal(final[seen], expected[seen])
+    assert same_bits(offsets_of(row)[0][seen], expected[seen])
+    assert not same_bits(final[seen], expected[seen])
 
 
 @EXAMPLES
@@ -58,7 +59,7 @@ def test_offsets_of_the_final_text_fail_the_same_comparison():
 def test_offsets_have_the_sign_of_the_difference_of_positions(row):
     offsets, visible = offsets_of(row)
     positions = torch.tensor(row.positions)
-    assert torch.equal(offsets.sign()[visible], (positions[None] - positions[:, None]).sign()[visible])
+    assert same_bits(offsets.sign()[visible], (positions[None] - positions[:, None]).sign()[visible])
 
 
 @EXAMPLES
@@ -67,14 +68,14 @@ def test_left_to_right_offsets_are_j_minus_i(length, context):
     interval = build_interval((1, length), torch.device("cpu"), context_length=min(context, length))
     index = torch.arange(length)
     visible = visible_keys(interval)[0]
-    assert torch.equal(insertion_offsets(interval)[0][visible], (index[None] - index[:, None])[visible])
+    assert same_bits(insertion_offsets(interval)[0][visible], (index[None] - index[:, None])[visible])
 
 
 def test_right_to_left_offsets_are_not_j_minus_i():
     interval = build_interval((1, 5), torch.device("cpu"), positions=torch.tensor([[0, 4, 3, 2, 1]]), is_causal=True)
     index = torch.arange(5)
     visible = visible_keys(interval)[0]
-    assert not torch.equal(insertion_offsets(interval)[0][visible], (index[None] - index[:, None])[visible])
+    assert not same_bits(insertion_offsets(interval)[0][visible], (index[None] - index[:, None])[visible])
 
 
 @EXAMPLES
@@ -93,7 +94,7 @@ def test_permuting_the_future_changes_no_row(data):
         for p in (positions, other)
     )
     visible = visible_keys(build_interval((1, length), torch.device("cpu"), context_length=context))[0, :now, :now]
-    assert torch.equal(before[visible], after[visible])
+    assert same_bits(before[visible], after[visible])
 
 
 def test_permuting_what_a_block_sees_does_change_its_rows():
@@ -102,7 +103,7 @@ def test_permuting_what_a_block_sees_does_change_its_rows():
         insertion_offsets(build_interval((1, 4), torch.device("cpu"), positions=torch.tensor([p]), context_length=4))
         for p in ([0, 1, 2, 3], [0, 1, 3, 2])
     ]
-    assert not torch.equal(rows[0][0, :2], rows[1][0, :2])
+    assert not same_bits(rows[0][0, :2], rows[1][0, :2])
 
 
 @EXAMPLES
@@ -112,7 +113,7 @@ def test_only_the_order_of_positions_matters(row, shift, factor):
     interval = row.interval()
     moved = interval._replace(positions_BK=positions * factor + shift)
     visible = visible_keys(interval)
-    assert torch.equal(insertion_offsets(moved)[visible], insertion_offsets(interval)[visible])
+    assert same_bits(insertion_offsets(moved)[visible], insertion_offsets(interval)[visible])
 
 
 def test_rows_behind_a_cache_equal_the_rows_of_one_pass():
@@ -120,7 +121,7 @@ def test_rows_behind_a_cache_equal_the_rows_of_one_pass():
     whole = build_interval((1, 5), torch.device("cpu"), positions=positions, context_length=2)
     tail = Interval(positions, whole.start_BQ[:, 3:], whole.horizon_BQ[:, 3:], whole.entries_BQ[:, 3:])
     visible = visible_keys(tail)
-    assert torch.equal(insertion_offsets(tail)[visible], insertion_offsets(whole)[:, 3:][visible])
+    assert same_bits(insertion_offsets(tail)[visible], insertion_offsets(whole)[:, 3:][visible])
 
 
 @pytest.mark.parametrize("heads", [1, 2, 5, 8])
@@ -146,10 +147,10 @@ def test_only_asymmetric_slopes_tell_a_text_from_its_mirror_image(ratio, blind):
         dense_bias(build_interval((1, 5), torch.device("cpu"), positions=p, context_length=3), slopes, torch.float64)
         for p in (positions, -positions)
     )
-    assert torch.equal(text, mirror) == blind
+    assert same_bits(text, mirror) == blind
 
 
 def test_bias_is_minus_infinity_exactly_on_invisible_keys():
     row = build_row([[[0, 1], [1], [1, 2]], [[0], [1]]], pads=1)
     bias = dense_bias(row.interval(), alibi_slopes(4, 4.0), torch.float64)
-    assert torch.equal(bias[0].isneginf(), ~offsets_by_list_insertion(row)[1].expand(4, -1, -1))
+    assert same_bits(bias[0].isneginf(), ~offsets_by_list_insertion(row)[1].expand(4, -1, -1))

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from insnext_kernels.insertion_attention import OffsetTable, insertion_attention, offset_table
 from modeling_insnext.insnext.attention import Interval, dense_bias, eager_attention, insertion_offsets
-from tests.support.equality import relative_error
+from tests.support.equality import relative_error, same_bits
 from tests.support.kernels import DEVICE, DTYPES, assert_as_accurate
 
 
@@ -153,7 +153,7 @@ def test_the_offsets_and_the_output_are_those_of_the_model(impl):
         table = offset_table(p["positions"], p["horizon"], p["start"], entries_BQ=p["entries"], impl=impl)
         key = torch.arange(140, device=DEVICE)
         seen = (key >= p["start"][..., None]) & (key <= p["horizon"][..., None])
-        assert torch.equal(table[seen], insertion_offsets(interval)[seen])
+        assert same_bits(table[seen], insertion_offsets(interval)[seen])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -195,13 +195,13 @@ def test_a_table_made_once_serves_every_layer(kind):
         other = problem(kind, torch.float32, seed=seed)
         layer = {**p, **{name: other[name] for name in ("q", "k", "v", "dout")}}
         own, given = run(layer, torch.float32, "triton"), run(layer, torch.float32, "triton", table=table)
-        assert all(torch.equal(own[name], given[name]) for name in own)
+        assert same_bits(own, given)
 
 
 def test_gradients_do_not_depend_on_the_run():
     p = problem("blocks", torch.float16, G=2)
     first, second = (run(p, torch.float16, "triton") for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert same_bits(first, second)
 
 
 def test_strides_do_not_matter():
@@ -213,18 +213,18 @@ def test_strides_do_not_matter():
     p["dout"] = p["dout"].transpose(1, 3).contiguous().transpose(1, 3)
     p["horizon"] = torch.stack([p["horizon"], p["horizon"]], 2)[..., 0].int()
     ours = run(p, torch.float32, "triton")
-    assert all(torch.equal(ours[name], expected[name]) for name in expected)
+    assert same_bits(ours, expected)
 
 
 def test_positions_of_any_size_are_only_compared():
     p = problem("causal", torch.float32)
     expected = run(p, torch.float32, "triton")["out"]
     p["positions"] = p["positions"] * 2**52
-    assert torch.equal(run(p, torch.float32, "triton")["out"], expected)
+    assert same_bits(run(p, torch.float32, "triton")["out"], expected)
     few = problem("causal", torch.float32, Q=1)
     expected = run(few, torch.float32, "triton", gradients=False)["out"]
     few["positions"] = few["positions"] * 2**52
-    assert torch.equal(run(few, torch.float32, "triton", gradients=False)["out"], expected)
+    assert same_bits(run(few, torch.float32, "triton", gradients=False)["out"], expected)
 
 
 # without shrinking, which takes minutes in the interpreter
@@ -330,7 +330,7 @@ def test_compiled_as_one_graph_it_gives_the_same(few):
             out.backward(p["dout"])
         results.append([out.detach(), q.grad, k.grad, v.grad])
     for ours, expected in zip(*results, strict=True):
-        assert ours is expected is None or torch.equal(ours, expected)
+        assert ours is expected is None or same_bits(ours, expected)
 
 
 def test_gradient_checkpointing_gives_the_same():
@@ -347,7 +347,7 @@ def test_gradient_checkpointing_gives_the_same():
         out.backward(p["dout"])
         results.append([out.detach(), q.grad, k.grad, v.grad])
     for ours, expected in zip(*results, strict=True):
-        assert torch.equal(ours, expected)
+        assert same_bits(ours, expected)
 
 
 @pytest.mark.parametrize(

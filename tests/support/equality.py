@@ -53,3 +53,20 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
     finite = exact.isfinite()
     actual, exact = actual.detach().double()[finite], exact.detach().double()[finite]
     return ((actual - exact).norm() / exact.norm().clamp_min(1e-300)).item()
+
+
+def set_error(actual: dict, exact: dict) -> float:
+    """Return the root mean square of the relative errors of all tensors of a set."""
+    assert actual.keys() == exact.keys()
+    errors = [relative_error(actual[name], exact[name]) for name in exact]
+    return (sum(error**2 for error in errors) / len(errors)) ** 0.5
+
+
+def assert_set_as_accurate(ours: dict, twin: dict, exact: dict) -> None:
+    """Check that a set of outputs and gradients is at most twice as wrong as the twin's, plus one rounding.
+
+    The error is that of the whole set: of thirty tensors the twin computes one luckily, and that one sets no budget.
+    """
+    error, budget = set_error(ours, exact), 2 * set_error(twin, exact)
+    budget += max(torch.finfo(tensor.dtype).eps for tensor in twin.values())
+    assert error <= budget, f"relative error {error:.1e} above budget {budget:.1e}"
