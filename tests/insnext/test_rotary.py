@@ -9,7 +9,7 @@ from modeling_insnext import InsertionCache, InsNextConfig, InsNextModel
 from modeling_insnext.insnext import rotary
 from modeling_insnext.insnext.attention import Interval, build_interval, insertion_offsets
 from tests.support.built_text import build_row, packed_rows, random_ids, random_text
-from tests.support.equality import difference
+from tests.support.equality import difference, same_bits
 from tests.support.insnext import tiny_model
 
 
@@ -161,7 +161,7 @@ def test_eager_and_sdpa_write_the_same(options, beams):
     for attn in ("eager", "sdpa"):
         model.set_attn_implementation(attn)
         written.append(model.generate(**canvas, max_new_tokens=9, min_new_tokens=6, num_beams=beams, **options))
-    assert torch.equal(*written)
+    assert same_bits(*written)
 
 
 @pytest.mark.parametrize("options", [{"parallel_slots": 3}, {"cache_implementation": "static"}])
@@ -170,7 +170,7 @@ def test_other_ways_of_writing_follow_the_definition(options):
     model = rotary_model()
     expected = model.generate(**canvas, max_new_tokens=9, **options)
     model.set_attn_implementation("sdpa")
-    assert torch.equal(model.generate(**canvas, max_new_tokens=9, **options), expected)
+    assert same_bits(model.generate(**canvas, max_new_tokens=9, **options), expected)
 
 
 def test_gradients_of_segments_are_those_of_pairs_with_checkpointing_too():

@@ -3,16 +3,16 @@
 import pytest
 import torch
 from datasets import Dataset
-from tiny_tokenizers import byte_tokenizer
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from modeling_insnext import DrtConfig, DrtForCausalLM, InsNextConfig, InsNextForInsertionLM
+from tests.support.tokenizers import tiny_tokenizer
 
 
 pytestmark = pytest.mark.outside
 
-TOKENIZER = byte_tokenizer(50)
+TOKENIZER = tiny_tokenizer(50)
 TEXTS = ["the old man and the sea", "a quick brown fox", "the lazy dog", "jumps over"]
 SHAPE = {
     "vocab_size": len(TOKENIZER), "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2,
