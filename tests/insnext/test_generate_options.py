@@ -3,16 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from generation_twins import BOS, PAD, canvas_of, tiny_model
-from helpers_hub import tiny_model as hub_model
-from helpers_hub import tiny_tokenizer
 from transformers import CompileConfig, GenerationConfig, LogitsProcessor, TextStreamer
 
 from modeling_insnext import InsNextForInsertionLM
 from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
+from tests.support.generation_twins import canvas_of, writing_model
+from tests.support.insnext import BOS, PAD
+from tests.support.insnext import tiny_model as hub_model
+from tests.support.tokenizers import tiny_tokenizer
 
 
-MODEL = tiny_model(0, max_position_embeddings=24)
+MODEL = writing_model(seed=0, max_position_embeddings=24)
 PROMPT = torch.tensor([[BOS, 5, 9, 4]])
 
 
@@ -56,7 +57,7 @@ def test_an_option_without_effect_is_refused(options, message):
 
 
 def test_what_a_checkpoint_sets_may_rest():
-    model = tiny_model(0)
+    model = writing_model(seed=0)
     model.generation_config.update(slot_temperature=0.5, ebr_window=3, ebr_ratio=0.5, slot_top_p=0.9)
     model.generate(PROMPT, max_new_tokens=2, ebr=False)
     model.generate(PROMPT, max_new_tokens=2, generation_config=model.generation_config, eos_token_id=2, bos_token_id=1)

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from generation_twins import BOS, PAD, canvas_of, tiny_model
 from transformers import LogitsProcessor, StoppingCriteria
 
 from modeling_insnext.insnext.write_sample import write_tokens
+from tests.support.generation_twins import canvas_of, writing_model
+from tests.support.insnext import BOS, PAD
 
 
-MODEL = tiny_model(0, max_position_embeddings=24)
+MODEL = writing_model(seed=0, max_position_embeddings=24)
 IDS = torch.tensor([[PAD, PAD, BOS, 5], [BOS, 5, 9, 4]])
 MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
 MODES = {
