@@ -12,7 +12,7 @@ from tests.support.generation_twins import VOCAB, canvas_of, writing_model
 from tests.support.insnext import BOS
 
 
-MODEL = writing_model(seed=7, torch.float32, max_position_embeddings=40, num_hidden_layers=1)
+MODEL = writing_model(seed=7, dtype=torch.float32, max_position_embeddings=40, num_hidden_layers=1)
 WRITTEN = range(3, VOCAB)
 MODES = {
     "greedy": {},
@@ -173,7 +173,7 @@ def test_control_without_the_option_n_grams_stand_twice(n):
 
 def test_a_gap_that_would_leave_given_tokens_banned_gets_a_token():
     canvas = canvas_of([[(BOS, True), (4, True), (5, False), (6, False)]])
-    stop_at_once = writing_model(seed=7, torch.float32)
+    stop_at_once = writing_model(seed=7, dtype=torch.float32)
     with torch.no_grad():
         state = stop_at_once.model(canvas.input_ids).last_hidden_state[0, -1]
         stop_at_once.slot_head.stop_key.copy_(stop_at_once.slot_head.query_proj(state) * 50)
