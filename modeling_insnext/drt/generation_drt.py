@@ -6,9 +6,12 @@ from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import ChunkMemoryCache
+from .prompt_learning import virtual_tokens
 
 
 CACHE_LOCATIONS = {None: "device", "dynamic": "device", "offloaded": "host"}
+# methods of PEFT that come as keys and values instead of embeddings
+KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 PREFILL_OPTIONS = "prefill_chunk_size, lower_only_prefill and show_progress"
 
 
@@ -84,6 +87,11 @@ class DrtGenerationMixin(GenerationMixin):
         return int(enough.nonzero().max())
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+        if virtual_tokens(self) in KEYS_AND_VALUES:
+            raise ValueError(
+                f"{virtual_tokens(self)} of PEFT is a cache of its own kind, and past_key_values must be a "
+                "ChunkMemoryCache; prompt tuning, P-tuning and adapters like LoRA work"
+            )
         wanted = generation_config.cache_implementation
         steered = model_kwargs.get("lower_only_prefill") or model_kwargs.get("show_progress")
         if generation_mode == GenerationMode.ASSISTED_GENERATION and (steered or generation_config.prefill_chunk_size):

@@ -213,7 +213,10 @@ class DrtModel(DrtPreTrainedModel):
             if low < 0 or high >= size:
                 raise ValueError(f"input_ids must be in [0, {size}), got {low if low < 0 else high}")
         if past is not None and not hasattr(past, "memory"):
-            raise ValueError(f"past_key_values must be a ChunkMemoryCache, got {type(past).__name__}")
+            raise ValueError(
+                f"past_key_values must be a ChunkMemoryCache, got {type(past).__name__} (as prefix tuning sends; "
+                "prompt tuning needs none)"
+            )
         alone = past is None and not use_cache
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if past is None and use_cache:

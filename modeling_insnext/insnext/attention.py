@@ -325,9 +325,12 @@ def check_contiguous(attention_mask_BT: torch.Tensor, may_rest: bool = False) ->
     if wrong_B.any():
         row = int(wrong_B.nonzero()[0])
         rule = "come first behind an InsertionCache" if may_rest else "form one run"
+        padded = (
+            "" if may_rest else " (behind virtual tokens of PEFT, texts of several lengths are padded on the right)"
+        )
         raise ValueError(
             f"the ones of an attention_mask row must {rule}, got {int(runs_B[row])} runs in row {row}: "
-            f"{attention_mask_BT[row].tolist()}"
+            f"{attention_mask_BT[row].tolist()}{padded}"
         )
 
 

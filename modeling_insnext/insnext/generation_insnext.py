@@ -26,6 +26,7 @@ from .generation_configuration import (
     merge_generation_configs,
 )
 from .output import InsertionGenerateOutput, stop_strings
+from .prompt_learning import virtual_tokens
 from .step import TokenRules
 from .write_beam import write_beams
 from .write_sample import write_sample
@@ -216,6 +217,12 @@ class InsertionGenerationMixin(GenerationMixin):
 
     def _check_options(self, config, fields, generation_config, asked, synced_gpus) -> None:
         """Refuse what means nothing when text is inserted."""
+        method = virtual_tokens(self)
+        if method is not None:
+            raise ValueError(
+                f"{method} of PEFT puts virtual tokens in front of a prompt and needs left_to_right=True; adapters "
+                "like LoRA work with inserted text too"
+            )
         for name, value in {**{name: fields.pop(name, None) for name in ONLY_LEFT_TO_RIGHT},
                             "synced_gpus": synced_gpus or None}.items():  # fmt: skip
             if value is not None:

@@ -80,3 +80,22 @@ def test_a_classifier_takes_adapters():
     adapted_model(input_ids=IDS, labels=torch.tensor([0, 1])).loss.backward()
     trained = {name for name, p in adapted_model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert any("score" in name for name in trained) and any("lora_B" in name for name in trained)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_prefix_tuning_is_refused_and_prompt_tuning_is_read_like_text(rows):
+    ids = random_ids(rows, 6)
+    options = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    prefixed = peft.get_peft_model(shipped_model(), peft.PrefixTuningConfig(**options))
+    with pytest.raises(ValueError, match="must be a ChunkMemoryCache, got DynamicCache .as prefix tuning sends"):
+        prefixed(input_ids=ids)
+    with pytest.raises(ValueError, match="PREFIX_TUNING of PEFT is a cache of its own kind"):
+        prefixed.generate(input_ids=ids, max_new_tokens=2)
+    prompted = peft.get_peft_model(shipped_model(), peft.PromptTuningConfig(**options)).eval()
+    out = prompted.generate(input_ids=ids, max_new_tokens=4, min_new_tokens=4, do_sample=False)[:, -4:]
+    text = ids
+    for step in range(4):
+        logits = prompted(input_ids=text).logits[:, -1].clone()
+        logits[:, 2] = -torch.inf
+        assert out[:, step].tolist() == logits.argmax(1).tolist()
+        text = torch.cat([text, out[:, step, None]], 1)
