@@ -31,8 +31,9 @@ class Window(NamedTuple):
     """What every layer of one forward pass needs to know about who sees whom, and from where.
 
     `memory` is the number of remembered keys of each row, out of `remembered` key places; `first` the position of each
-    row's first new slot. A window over everything has `size` = None. `rotary` are the cosines and sines that turn
-    queries and new keys, `None` without rotary positions.
+    row's first new slot; both have one number if all rows stand alike and no cache asks for each. A window over
+    everything has `size` = None. `rotary` are the cosines and sines that turn queries and new keys, `None` without
+    rotary positions.
     """
 
     size: int | None
@@ -155,7 +156,8 @@ def _pad_slots(x: torch.Tensor, left: int, right: int) -> torch.Tensor:
 def flex_mask(window: Window, num_heads: int, like: torch.Tensor):
     """Return slopes `[H]` and the block mask that `flex_attention` reads."""
     K, M, size = window.remembered + window.width, window.remembered, window.size
-    missing_B = torch.tensor([M - n for n in window.memory], device=like.device)
+    B = like.shape[0]
+    missing_B = torch.tensor([M - n for n in window.memory], device=like.device).expand(B)
 
     def sees(b, h, q, k):
         distance = q + M - k
@@ -163,7 +165,7 @@ def flex_mask(window: Window, num_heads: int, like: torch.Tensor):
         return near & (k >= missing_B[b])
 
     slopes_H = window_slopes(window, num_heads, like.device).to(torch.promote_types(like.dtype, torch.float32))
-    mask = create_block_mask(sees, len(window.memory), None, window.width, K, device=like.device)
+    mask = create_block_mask(sees, B, None, window.width, K, device=like.device)
     return slopes_H, mask
 
 

@@ -46,9 +46,9 @@ def window_intervals(window: Window, num_heads: int, like: torch.Tensor) -> Inte
         )
     if like.dtype not in DTYPES:
         raise ValueError(f'attn_implementation="{NAME}" needs float32, float16 or bfloat16, got {like.dtype}')
-    M, B = window.remembered, len(window.memory)
+    M, B = window.remembered, like.shape[0]
     entries_BL = (torch.arange(window.width, device=like.device) + M).repeat(B, 1)
-    start_BL = torch.tensor([M - held for held in window.memory], device=like.device)[:, None].expand_as(entries_BL)
+    start_BL = torch.tensor([M - held for held in window.memory], device=like.device)[:, None].expand(B, window.width)
     if window.size is not None:
         start_BL = torch.maximum(start_BL, entries_BL - window.size + 1)
     slopes_H = window_slopes(window, num_heads, like.device).float()
@@ -98,6 +98,19 @@ def triton_grouped(query_BHTD, key_BGNSD, value_BGNSD, indices_BCK, weights_BCK,
 
 BACKENDS = {**WINDOW_BACKENDS, NAME: WindowBackend(window_intervals, triton_attention, triton_grouped)}
 
-# Transformers refuses names it does not know before a model can say anything; what is registered is never called
-AttentionInterface.register(NAME, triton_attention)
+
+def refuse_other_models(module: torch.nn.Module, *args, **kwargs):
+    """What Transformers holds under the name: models that know it compute it themselves, each in its own way.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        f"this attn_implementation is for the models that define it, got a {type(module).__name__}; use eager, sdpa "
+        "or flex_attention"
+    )
+
+
+# Transformers refuses names it does not know before a model can say anything
+AttentionInterface.register(NAME, refuse_other_models)
 AttentionMaskInterface.register(NAME, AttentionMaskInterface()["eager"])

@@ -11,7 +11,7 @@ import os
 import torch
 from transformers.cache_utils import Cache
 
-from .layout import Layout, decoder_length, shift_rows, token_count
+from .layout import Layout, shift_rows
 from .memory import ChunkMemory, Fetch
 from .retrieval import Retrieved
 
@@ -96,9 +96,8 @@ class ChunkMemoryCache(Cache):
 
             require_faiss()
         self.crop_margin = crop_margin
-        self.chunk_size, self.has_landmarks = config.chunk_size, config.has_landmark_tokens
-        margin = decoder_length(crop_margin, config.chunk_size, config.has_landmark_tokens) + 1
-        self.margin = margin if crop_margin else 0
+        self.grid = config.grid
+        self.margin = self.grid.positions(crop_margin) + 1 if crop_margin else 0
         self.window = config.sliding_window
         limit = None if config.sliding_window is None else config.sliding_window - 1 + self.margin
         self.keys = [Tail(limit, dim=2) for _ in range(config.num_hidden_layers)]
@@ -138,7 +137,10 @@ class ChunkMemoryCache(Cache):
 
         Its chunks are sent for at once: they are read in the next forward pass.
         """
+        if not any(completed) and self.found[group][0].tensor is not None:
+            return
         for tail, tensor in zip(self.found[group], joined, strict=True):
+            tensor = tensor.detach()
             tensor = torch.cat([tail.tensor[:, :-1], tensor], 1) if tail.tensor is not None else tensor
             if tail.tensor is None:
                 tail.tensor, tail.valid = tensor[:, :1], [1] * len(completed)
@@ -154,8 +156,7 @@ class ChunkMemoryCache(Cache):
 
     def advance(self, layout: Layout, columns: int) -> None:
         """Count the columns of a forward pass, once everything has been kept."""
-        sizes = (self.chunk_size, self.has_landmarks)
-        after = [token_count(end, *sizes) for end in layout.ends]
+        after = [self.grid.tokens(end) for end in layout.ends]
         real = layout.real_BQ
         if real is None:
             real = torch.ones((len(after), columns), dtype=torch.bool)
@@ -259,14 +260,13 @@ class ChunkMemoryCache(Cache):
             return
         if columns > self.columns:
             raise ValueError(f"crop can remove at most the {self.columns} tokens there are, got {columns}")
-        sizes = (self.chunk_size, self.has_landmarks)
         if columns > self.recent.places:
             raise ValueError(self._crop_rule(columns))
         removed = self.recent.tensor[:, self.recent.places - columns :].sum(1).tolist()
         seen = [n - m for n, m in zip(self.seen, removed, strict=True)]
-        before, after = ([decoder_length(n, *sizes) for n in counts] for counts in (self.seen, seen))
+        before, after = ([self.grid.positions(n) for n in counts] for counts in (self.seen, seen))
         slots = [n - m for n, m in zip(before, after, strict=True)]
-        P = self.chunk_size + self.has_landmarks
+        P = self.grid.length
         chunks = [n // P - m // P for n, m in zip(before, after, strict=True)]
         self._check_crop(columns, slots, after, chunks)
         for tail in (*self.keys, *self.values, self.states):
@@ -289,7 +289,7 @@ class ChunkMemoryCache(Cache):
         )
 
     def _check_crop(self, columns, slots, after, chunks) -> None:
-        P = self.chunk_size + self.has_landmarks
+        P = self.grid.length
         for row, (gone, end) in enumerate(zip(slots, after, strict=True)):
             window = end if self.window is None else min(self.window - 1, end)
             short = any(t.tensor is not None and t.valid[row] - gone < window for t in self.keys)

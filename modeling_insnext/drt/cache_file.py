@@ -22,7 +22,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .layout import decoder_length
 from .memory import PIECE, claim_space, map_chunks
 
 
@@ -280,8 +279,8 @@ def _check_model(path, saved: dict, decoder) -> None:
 def _check_state(path, state: dict, entries: dict[str, Entry], cache, decoder) -> None:
     """Check that every tensor has the type and shape that the model and the lengths of the rows demand."""
     config, dtype = decoder.config, decoder.dtype
-    complete = [decoder_length(n, config.chunk_size, config.has_landmark_tokens) for n in state["seen"]]
-    complete = [n // config.chunk_length for n in complete] if config.retrieval_groups else []
+    complete = [config.grid.positions(n) // config.chunk_length for n in state["seen"]]
+    complete = complete if config.retrieval_groups else []
     B, K, N = len(state["seen"]), config.num_retrieved_chunks, entries.get("memory.chunks", ((), (0,)))[1][0]
     G, S, d = config.num_key_value_heads, config.chunk_size, config.head_dim
     window = (dtype, (B, G, None, d))

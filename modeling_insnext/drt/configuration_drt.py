@@ -7,6 +7,7 @@ Source: Hu et al., "Efficient Length-Generalizable Attention via Causal Retrieva
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .grid import ChunkGrid
 from .peft_targets import register_adapter_targets
 
 
@@ -273,9 +274,14 @@ class DrtConfig(PreTrainedConfig):
         return self.landmark_source == "token" and (bool(self.retrieval_groups) or self.self_attention == "landmark")
 
     @property
+    def grid(self) -> ChunkGrid:
+        """Where chunks begin and end in the decoder."""
+        return ChunkGrid(self.chunk_size, self.has_landmark_tokens)
+
+    @property
     def chunk_length(self) -> int:
         """Positions P that a chunk takes in the decoder: its tokens, and its landmark if it stands in the text."""
-        return self.chunk_size + self.has_landmark_tokens
+        return self.grid.length
 
     @classmethod
     def preset(cls, name: str, **overrides) -> "DrtConfig":

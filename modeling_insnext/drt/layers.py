@@ -4,6 +4,8 @@ Shape suffixes as in modeling_drt: B rows, L slots, C chunks, K chunks found, N 
 chunk, P positions a chunk, D width. Sources: DRT (ICML 2025, PMLR 267:24727), RoPE (arXiv:2104.09864).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -14,9 +16,22 @@ from .attention_triton import BACKENDS
 from .cache import ChunkMemoryCache
 from .configuration_drt import DrtConfig
 from .landmark_attention import LANDMARK_BACKEND
-from .layout import shift_rows
+from .layout import Layout, shift_rows
 from .positions import rotate, turn
-from .retrieval import FUSED
+from .retrieval import FUSED, Served
+
+
+class Pass(NamedTuple):
+    """What a forward pass carries through its layers; `prepared` is what the attention backend made of `window`.
+
+    `served` is `None` in lower layers.
+    """
+
+    layout: Layout
+    past: ChunkMemoryCache | None
+    window: Window
+    prepared: object
+    served: Served | None = None
 
 
 def window_backend(config: DrtConfig) -> WindowBackend:
@@ -60,7 +75,8 @@ class DrtAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = nn.RMSNorm(self.head_dim, eps=config.rms_norm_eps) if config.qk_norm else None
 
-    def forward(self, hidden_BLD, prepared, window: Window, past: ChunkMemoryCache | None, lengths: list[int]):
+    def forward(self, hidden_BLD: torch.Tensor, carried: Pass) -> torch.Tensor:
+        window, past = carried.window, carried.past
         heads = (*hidden_BLD.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_BLD).view(heads).transpose(1, 2)
         key = self.k_proj(hidden_BLD).view(heads).transpose(1, 2)
@@ -70,10 +86,11 @@ class DrtAttention(nn.Module):
         if window.rotary is not None:
             query, key = turn(query, *window.rotary), turn(key, *window.rotary)
         if past is not None:
-            key, value = past.append(self.layer_idx, key, value, lengths)
+            key, value = past.append(self.layer_idx, key, value, carried.layout.lengths)
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = window_backend(self.config).attend
-        out_BHLD = attend(query, key, value, prepared, window, scaling=self.head_dim**-0.5, dropout=dropout)
+        scaling = self.head_dim**-0.5
+        out_BHLD = attend(query, key, value, carried.prepared, window, scaling=scaling, dropout=dropout)
         return self.o_proj(out_BHLD.transpose(1, 2).flatten(2))
 
 
@@ -87,8 +104,8 @@ class DrtCrossAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def forward(self, hidden_BLD, key, value, indices_BCK, weights_BCK, phases: list[int] | None):
-        """`phases[b]` is the place in its chunk of row b's slot 0; `None`: all slots are in one chunk."""
+    def forward(self, hidden_BLD: torch.Tensor, served: Served) -> torch.Tensor:
+        key, value, weights_BCK, indices_BCK, phases = served
         B, L = hidden_BLD.shape[:2]
         query_BHLD = self.q_proj(self.norm(hidden_BLD)).view(B, L, -1, self.config.head_dim).transpose(1, 2)
         if phases is not None:
@@ -132,12 +149,13 @@ class DrtLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = decoder_norm(config)
         self.bypass = config.residual == "bypass"
 
-    # tensors that need gradients stand first: reentrant checkpointing sees positional arguments only
-    def forward(self, hidden, key, value, indices, weights, prepared, window, past, lengths, phases):
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), prepared, window, past, lengths)
+    # reentrant checkpointing sees gradients of positional tensors only: those that upper layers read come apart
+    def forward(self, hidden, carried: Pass, key=None, value=None, weights=None):
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), carried)
         if self.cross_attn is None:
             return hidden + self.mlp(self.post_attention_layernorm(hidden))
-        fused = hidden + self.cross_attn(hidden, key, value, indices, weights, phases)
+        served = carried.served._replace(key_BGNSD=key, value_BGNSD=value, weights_BCK=weights)
+        fused = hidden + self.cross_attn(hidden, served)
         residual = hidden if self.bypass else fused
         return residual + self.mlp(self.post_attention_layernorm(fused))
 
@@ -187,7 +205,7 @@ class DrtChunkEncoder(nn.Module):
         """Return landmarks `[B, C, D]` and keys and values `[B, C, 2, G, S, d]` of chunks of lower states."""
         hidden = self.input_norm(states_BCPD.flatten(0, 1))
         if self.config.landmark_source == "cls":
-            hidden = torch.cat([hidden, self.cls.to(hidden.dtype).expand(len(hidden), 1, -1)], dim=1)
+            hidden = torch.cat([hidden, self.cls.to(hidden.dtype).expand(hidden.shape[0], 1, -1)], dim=1)
         for layer in self.layers:
             hidden = layer(hidden)
         hidden = self.norm(hidden)
@@ -200,4 +218,4 @@ class DrtChunkEncoder(nn.Module):
         return landmarks.unflatten(0, shape), keys_values.unflatten(0, shape)
 
 
-__all__ = ["DrtChunkEncoder", "DrtLayer", "decoder_norm", "window_backend"]
+__all__ = ["DrtChunkEncoder", "DrtLayer", "Pass", "decoder_norm", "window_backend"]

@@ -17,113 +17,122 @@ from typing import NamedTuple
 
 import torch
 
+from .grid import ChunkGrid
 
-class Layout(NamedTuple):
-    """The slots of one forward pass."""
+
+class Slots(NamedTuple):
+    """Which column each slot holds, and the other way round."""
 
     column_BL: torch.Tensor
     is_token_BL: torch.Tensor
     is_landmark_BL: torch.Tensor
     slot_BQ: torch.Tensor
-    real_BQ: torch.Tensor | None
+
+
+class Layout(NamedTuple):
+    """The slots of one forward pass.
+
+    `first` are the positions of slot 0 and `lengths` the numbers of slots, one a row, or one for all rows where no
+    cache asks for each. `slots` is `None` where every column is the slot of its number: no padding, no landmark.
+    """
+
+    grid: ChunkGrid
     first: list[int]
     lengths: list[int]
-    width: int
-    chunk_length: int
+    real_BQ: torch.Tensor | None
+    slots: Slots | None
+
+    @property
+    def width(self) -> int:
+        return max(self.lengths)
 
     @property
     def ends(self) -> list[int]:
         return [first + length for first, length in zip(self.first, self.lengths, strict=True)]
 
     @property
-    def is_ragged(self) -> bool:
-        """Whether rows bring different numbers of slots, or stand at different places of a chunk."""
-        phases = {first % self.chunk_length for first in self.first}
-        return len(set(self.lengths)) > 1 or len(phases) > 1
+    def phases(self) -> list[int]:
+        """Place in its chunk of slot 0 of each row."""
+        return [first % self.grid.length for first in self.first]
 
     @property
     def chunks_begun(self) -> list[int]:
         """Number of the chunk that holds slot 0 of each row."""
-        return [first // self.chunk_length for first in self.first]
+        return [first // self.grid.length for first in self.first]
 
     @property
     def chunks_completed(self) -> list[int]:
         """How many chunks each row completes in this forward pass."""
-        P = self.chunk_length
-        return [end // P - first // P for first, end in zip(self.first, self.ends, strict=True)]
+        return [end // self.grid.length - begun for begun, end in zip(self.chunks_begun, self.ends, strict=True)]
 
-
-def decoder_length(tokens: int, chunk_size: int, has_landmarks: bool) -> int:
-    """Return how many positions the first `tokens` tokens of a text take, landmarks of complete chunks included."""
-    return tokens + tokens // chunk_size if has_landmarks else tokens
-
-
-def token_count(position: int, chunk_size: int, has_landmarks: bool) -> int:
-    """Return how many tokens stand before `position`: the inverse of :func:`decoder_length`."""
-    return position - position // (chunk_size + 1) if has_landmarks else position
+    @property
+    def chunks_spanned(self) -> int:
+        """In how many chunks the slots of a row stand, the most of all rows."""
+        spans = zip(self.phases, self.lengths, strict=True)
+        return max(-(-(phase + length) // self.grid.length) for phase, length in spans)
 
 
 def build_layout(
     shape: tuple[int, int],
     device: torch.device,
-    chunk_size: int,
-    has_landmarks: bool,
-    seen: list[int] | None = None,
+    grid: ChunkGrid,
+    seen: list[int],
+    new: list[int],
     real_BQ: torch.Tensor | None = None,
 ) -> Layout:
-    """Return the slots of `shape` = (B, Q) columns behind `seen` tokens of each row.
+    """Return the slots of `shape` = (B, Q) columns behind what each row has read.
 
     Args:
-        seen: Tokens of each row that went before, none by default.
+        seen: Tokens of each row that went before; one number if it is the same for all.
+        new: Tokens that each row brings, as many numbers. Without a cache more than there are do no harm: what stands
+            behind a row's last token is seen by no token.
         real_BQ: True on tokens, False on padding; `None`: all are tokens.
     """
-    B, Q = shape
-    seen = [0] * B if seen is None else seen
-    new = [Q] * B if real_BQ is None else real_BQ.sum(1).tolist()
-    first = [decoder_length(n, chunk_size, has_landmarks) for n in seen]
-    ends = [decoder_length(n + m, chunk_size, has_landmarks) for n, m in zip(seen, new, strict=True)]
-    lengths = [end - start for start, end in zip(first, ends, strict=True)]
-    width = max(lengths)
-    column_Q = torch.arange(Q, device=device)
-    rank_BQ = column_Q.expand(B, Q) if real_BQ is None else real_BQ.long().cumsum(1) - 1
-    seen_B1 = torch.tensor(seen, device=device)[:, None]
-    first_B1 = torch.tensor(first, device=device)[:, None]
-    index_BQ = seen_B1 + rank_BQ
-    slot_BQ = index_BQ + (index_BQ // chunk_size if has_landmarks else 0) - first_B1
+    first = [grid.positions(n) for n in seen]
+    ends = [grid.positions(n + m) for n, m in zip(seen, new, strict=True)]
+    layout = Layout(grid, first, [end - start for start, end in zip(first, ends, strict=True)], real_BQ, None)
+    if real_BQ is None and layout.lengths == new:
+        return layout
+    return layout._replace(slots=_slots(shape, device, layout, seen, ends))
+
+
+def _slots(shape, device, layout: Layout, seen: list[int], ends: list[int]) -> Slots:
+    (B, Q), grid, width, real_BQ = shape, layout.grid, layout.width, layout.real_BQ
+    seen_B1, first_B1, end_B1 = torch.tensor([seen, layout.first, ends], device=device)[..., None]
+    column_BQ = torch.arange(Q, device=device).expand(B, Q)
+    index_BQ = seen_B1 + (column_BQ if real_BQ is None else real_BQ.long().cumsum(1) - 1)
+    slot_BQ = index_BQ + (index_BQ // grid.chunk_size if grid.has_landmarks else 0) - first_B1
     if real_BQ is not None:
         slot_BQ = torch.where(real_BQ, slot_BQ, width)
-    column_BL = torch.full((B, width + 1), -1, device=device).scatter(1, slot_BQ, column_Q.expand(B, Q))[:, :width]
-    is_token_BL = column_BL >= 0
+    column_BL = torch.full((B, width + 1), -1, device=device).scatter(1, slot_BQ, column_BQ)[:, :width]
     position_BL = first_B1 + torch.arange(width, device=device)
-    is_landmark_BL = torch.zeros_like(is_token_BL)
-    if has_landmarks:
-        end_B1 = torch.tensor(ends, device=device)[:, None]
-        is_landmark_BL = (position_BL % (chunk_size + 1) == chunk_size) & (position_BL < end_B1)
-    return Layout(
+    ends_chunk_BL = position_BL % grid.length == grid.chunk_size
+    return Slots(
         column_BL.clamp_min(0),
-        is_token_BL,
-        is_landmark_BL,
+        column_BL >= 0,
+        # without landmarks no place of a chunk has the number of its size
+        ends_chunk_BL & (position_BL < end_B1),
         slot_BQ if real_BQ is None else slot_BQ.masked_fill(~real_BQ, 0),
-        real_BQ,
-        first,
-        lengths,
-        width,
-        chunk_size + has_landmarks,
     )
 
 
 def put_in(layout: Layout, tokens_BQD: torch.Tensor, landmark_D: torch.Tensor | None) -> torch.Tensor:
     """Return `[B, L, D]`: tokens at their slots, `landmark_D` at the landmarks, zero on padding."""
-    index_BLD = layout.column_BL[..., None].expand(-1, -1, tokens_BQD.shape[-1])
-    slots_BLD = tokens_BQD.gather(1, index_BLD) * layout.is_token_BL[..., None]
+    slots = layout.slots
+    if slots is None:
+        return tokens_BQD
+    index_BLD = slots.column_BL[..., None].expand(-1, -1, tokens_BQD.shape[-1])
+    slots_BLD = tokens_BQD.gather(1, index_BLD) * slots.is_token_BL[..., None]
     if landmark_D is None:
         return slots_BLD
-    return torch.where(layout.is_landmark_BL[..., None], landmark_D.to(slots_BLD.dtype), slots_BLD)
+    return torch.where(slots.is_landmark_BL[..., None], landmark_D.to(slots_BLD.dtype), slots_BLD)
 
 
 def take_out(layout: Layout, slots_BLD: torch.Tensor) -> torch.Tensor:
     """Return `[B, Q, D]`: what stands at the tokens, zero on padding."""
-    tokens_BQD = slots_BLD.gather(1, layout.slot_BQ[..., None].expand(-1, -1, slots_BLD.shape[-1]))
+    if layout.slots is None:
+        return slots_BLD
+    tokens_BQD = slots_BLD.gather(1, layout.slots.slot_BQ[..., None].expand(-1, -1, slots_BLD.shape[-1]))
     return tokens_BQD if layout.real_BQ is None else tokens_BQD * layout.real_BQ[..., None]
 
 

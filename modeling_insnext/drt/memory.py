@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .retrieval import best_chunks, gumbel_like
+from .retrieval import best_chunks, gumbel_like, wide_scores
 
 
 LOCATIONS = ("device", "host", "disk")
@@ -256,7 +256,7 @@ class ParallelMemory:
         return best_chunks(score, asking_BC, self.total, k)
 
     def landmarks_of(self, chunks_BCK: torch.Tensor) -> torch.Tensor:
-        row_B11 = torch.arange(len(chunks_BCK), device=chunks_BCK.device)[:, None, None]
+        row_B11 = torch.arange(chunks_BCK.shape[0], device=chunks_BCK.device)[:, None, None]
         return self.landmarks[row_B11, chunks_BCK.clamp_min(0)]
 
     def read(self, chunks_BCK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -368,6 +368,7 @@ class ChunkMemory:
         if noisy:
             raise ValueError("a cache cannot be used in training, whose choice of chunks is noisy; use_cache=False")
         if self.search == "faiss":
+            # faiss takes a while to import, and is asked for here alone
             from .search import find_with_faiss
 
             return find_with_faiss(self, queries_BCD, asking_BC, k)
@@ -442,12 +443,6 @@ class ChunkMemory:
             return self.slab.host_bytes()
         copies = sum(4 * index.ntotal * index.d for index in self.indexes if index is not None)
         return self.slab.host_bytes() + self.landmarks.nbytes + copies
-
-
-def wide_scores(queries_BCD: torch.Tensor, landmarks_BND: torch.Tensor) -> torch.Tensor:
-    """Return <q, l>, `[B, C, N]`, in float32 or wider: rounded to bfloat16, many of thousands of scores are equal."""
-    wide = torch.promote_types(queries_BCD.dtype, torch.float32)
-    return queries_BCD.to(wide) @ landmarks_BND.to(wide).transpose(1, 2)
 
 
 def _grown(tensor: torch.Tensor, size: int, dim: int) -> torch.Tensor:

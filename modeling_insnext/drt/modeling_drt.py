@@ -33,12 +33,12 @@ from .cache import ChunkMemoryCache
 from .checkpoint import CheckedLoadingMixin
 from .configuration_drt import CODE_VERSION, DrtConfig
 from .generation_drt import DrtGenerationMixin
-from .layers import DrtChunkEncoder, DrtLayer, decoder_norm, window_backend
+from .layers import DrtChunkEncoder, DrtLayer, Pass, decoder_norm, window_backend
 from .layout import Layout, build_layout, put_in, shift_rows, take_out
 from .memory import ParallelMemory
 from .packing import BOUNDARIES, check_one_text
 from .positions import rope_frequencies, rotary_table, slot_positions
-from .retrieval import Retrieved, best_chunks, chance, chunk_weights
+from .retriever import RETRIEVERS
 
 
 AUTO_MAP = {
@@ -50,10 +50,6 @@ AUTO_MAP = {
 
 # label smoothing of `Trainer` shifts the labels of the classes named here, and of no others
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["drt"] = "DrtForCausalLM"
-
-# width of the frozen bag-of-tokens vectors, and what their cosine is multiplied by
-FIXED_WIDTH = 64
-FIXED_SHARPNESS = 10.0
 
 
 class DrtPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
@@ -92,8 +88,8 @@ class DrtPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
         elif isinstance(module, DrtModel):
             if self.config.has_landmark_tokens:
                 init.normal_(module.landmark, std=std)
-            if self.config.retriever == "fixed" and self.config.retrieval_groups:
-                init.normal_(module.bag_of_tokens)
+            if module.retriever is not None:
+                module.retriever.init_weights(module)
 
 
 class DrtModel(DrtPreTrainedModel):
@@ -111,14 +107,10 @@ class DrtModel(DrtPreTrainedModel):
             self.landmark = nn.Parameter(torch.zeros(D))
         lower, upper = config.num_lower_layers, sum(config.retrieval_groups)
         self.layers = nn.ModuleList([DrtLayer(config, i, i >= lower) for i in range(lower + upper)])
-        if config.retrieval_groups:
+        self.retriever = RETRIEVERS[config.retriever](config) if config.retrieval_groups else None
+        if self.retriever is not None:
             self.encoder = DrtChunkEncoder(config)
-            if config.retriever == "learned":
-                self.query_norms = nn.ModuleList(
-                    [nn.RMSNorm(D, eps=config.rms_norm_eps) for _ in config.retrieval_groups]
-                )
-            elif config.retriever == "fixed":
-                self.register_buffer("bag_of_tokens", torch.zeros(config.vocab_size, FIXED_WIDTH))
+            self.retriever.add_weights(self)
         self.norm = decoder_norm(config)
         self.gradient_checkpointing = False
         self.post_init()
@@ -178,14 +170,14 @@ class DrtModel(DrtPreTrainedModel):
             hidden = hidden + self.embed_positions(slot_positions(layout, hidden.device).clamp_max(last))
             entering = take_out(layout, hidden)
         states = [entering] if output_hidden_states or self.config.output_hidden_states else None
-        lower = self.config.num_lower_layers
-        hidden = self._run(range(lower), hidden, layout, past, states)
-        if self.config.retrieval_groups:
+        first = self.config.num_lower_layers
+        carried = self._carry(layout, past, hidden)
+        hidden = self._run(range(first), hidden, carried, states)
+        if self.retriever is not None:
             memory = self._remember(hidden, input_ids, layout, past)
-            first = lower
             for group, count in enumerate([] if lower_only else self.config.retrieval_groups):
-                served = self._retrieve(group, hidden, layout, memory, past)
-                hidden = self._run(range(first, first + count), hidden, layout, past, states, served)
+                served = self.retriever.retrieve(self, group, hidden, layout, memory, past)
+                hidden = self._run(range(first, first + count), hidden, carried._replace(served=served), states)
                 first += count
         if past is not None:
             past.advance(layout, embeds.shape[1])
@@ -208,10 +200,6 @@ class DrtModel(DrtPreTrainedModel):
             raise ValueError(f"there must be at least one token, got input of shape {list(given.shape)}")
         if inputs_embeds is not None and self.config.retriever == "fixed" and self.config.retrieval_groups:
             raise ValueError('retriever="fixed" reads token ids, got inputs_embeds')
-        if input_ids is not None and not torch.compiler.is_compiling():
-            low, high, size = int(input_ids.min()), int(input_ids.max()), self.config.vocab_size
-            if low < 0 or high >= size:
-                raise ValueError(f"input_ids must be in [0, {size}), got {low if low < 0 else high}")
         if past is not None and not hasattr(past, "memory"):
             raise ValueError(
                 f"past_key_values must be a ChunkMemoryCache, got {type(past).__name__} (as prefix tuning sends; "
@@ -221,12 +209,12 @@ class DrtModel(DrtPreTrainedModel):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if past is None and use_cache:
             past = ChunkMemoryCache(self.config)
-        seen = past.seen or None if past is not None else None
-        if seen is not None and len(seen) != B:
-            raise ValueError(f"the cache holds {len(seen)} rows, got input of {B} rows")
+        if past is not None and past.seen and len(past.seen) != B:
+            raise ValueError(f"the cache holds {len(past.seen)} rows, got input of {B} rows")
         real_BQ = self._real(attention_mask, B, Q, past)
-        sizes = (self.config.chunk_size, self.config.has_landmark_tokens)
-        layout = build_layout((B, Q), given.device, *sizes, seen, real_BQ)
+        new, real_BQ = self._count(input_ids, real_BQ, B, Q, past)
+        seen = (past.seen if past is not None else None) or [0] * len(new)
+        layout = build_layout((B, Q), given.device, self.config.grid, seen, new, real_BQ)
         limit = self.config.max_position_embeddings
         if self.config.position_encoding == "learned" and max(layout.ends) > limit:
             raise ValueError(
@@ -242,146 +230,92 @@ class DrtModel(DrtPreTrainedModel):
         columns = past.columns if past is not None else 0
         if attention_mask.shape != (B, columns + Q):
             raise ValueError(f"attention_mask must be [{B}, {columns + Q}], got {list(attention_mask.shape)}")
-        real_BQ = attention_mask[:, columns:].bool()
-        return None if real_BQ.all() else real_BQ
+        return attention_mask[:, columns:].bool()
+
+    def _count(self, input_ids, real_BQ, B, Q, past) -> tuple[list[int], torch.Tensor | None]:
+        """Check the ids and return how many tokens each row brings, and the mask if it hides any of them.
+
+        The device is asked once for everything. A graph cannot ask: there every row counts as full, which without a
+        cache is as good.
+        """
+        in_graph = torch.compiler.is_compiling()
+        if in_graph and past is None:
+            return [Q], real_BQ
+        ids = [] if input_ids is None or in_graph else [x[None] for x in input_ids.aminmax()]
+        counts = [] if real_BQ is None else [real_BQ.sum(1)]
+        facts = torch.cat([*ids, *counts]).tolist() if ids or counts else []
+        if ids:
+            low, high, *facts = facts
+            if low < 0 or high >= self.config.vocab_size:
+                outside = low if low < 0 else high
+                raise ValueError(f"input_ids must be in [0, {self.config.vocab_size}), got {outside}")
+        if all(count == Q for count in facts):
+            return [Q] * (1 if past is None else B), None
+        return facts, real_BQ
 
     def _reserve(self, past: ChunkMemoryCache, layout: Layout, embeds: torch.Tensor) -> None:
         config = self.config
         chunk_shape = (2, config.num_key_value_heads, config.chunk_size, config.head_dim)
-        width = FIXED_WIDTH if config.retriever == "fixed" else config.hidden_size
+        width = config.hidden_size if self.retriever is None else self.retriever.landmark_width
         past.begin(len(embeds), chunk_shape, width, embeds.dtype, embeds.device)
-        if config.retrieval_groups:
+        if self.retriever is not None:
             past.memory.reserve(layout.chunks_completed)
 
-    def _run(self, layers: range, hidden, layout: Layout, past, states, served=(None,) * 5):
+    def _carry(self, layout: Layout, past: ChunkMemoryCache | None, hidden: torch.Tensor) -> Pass:
+        """Return what all layers share that remember as much as the first one."""
+        rotary = self.rope and rotary_table(slot_positions(layout, hidden.device), *self.rope, hidden.dtype)
+        config, alibi = self.config, self.config.position_encoding == "alibi"
+        window = Window(config.sliding_window, layout.width, 0, [], config.chunk_length, layout.first, alibi, rotary)
+        return self._windowed(Pass(layout, past, window, None), 0, hidden)
+
+    def _windowed(self, carried: Pass, layer: int, hidden: torch.Tensor) -> Pass:
+        """Return what is carried with the window of a layer; after a lower-only prefill upper ones remember less."""
+        tail = carried.past.keys[layer] if carried.past is not None else None
+        remembered = tail.places if tail is not None else 0
+        memory = tail.valid if remembered else [0] * len(carried.layout.first)
+        window = carried.window._replace(remembered=remembered, memory=memory)
+        if carried.prepared is not None and (remembered, memory) == (carried.window.remembered, carried.window.memory):
+            return carried
+        prepared = window_backend(self.config).prepare(window, self.config.num_attention_heads, hidden)
+        return carried._replace(window=window, prepared=prepared)
+
+    def _run(self, layers: range, hidden: torch.Tensor, carried: Pass, states: list | None) -> torch.Tensor:
         """Run layers that share a retrieval."""
         if not layers:
             return hidden
-        key, value, indices, weights, phases = served
-        tail = past.keys[layers[0]] if past is not None else None
-        remembered = tail.places if tail is not None else 0
-        window = Window(
-            self.config.sliding_window,
-            layout.width,
-            remembered,
-            tail.valid if remembered else [0] * len(hidden),
-            self.config.chunk_length,
-            layout.first,
-            self.config.position_encoding == "alibi",
-            self.rope and rotary_table(slot_positions(layout, hidden.device), *self.rope, hidden.dtype),
-        )
-        prepared = window_backend(self.config).prepare(window, self.config.num_attention_heads, hidden)
+        carried = self._windowed(carried, layers[0], hidden)
+        tensors = () if carried.served is None else carried.served[:3]
         for index in layers:
-            hidden = self.layers[index](
-                hidden, key, value, indices, weights, prepared, window, past, layout.lengths, phases
-            )
+            hidden = self.layers[index](hidden, carried, *tensors)
             if states is not None:
-                states.append(take_out(layout, hidden))
+                states.append(take_out(carried.layout, hidden))
         return hidden
 
     def _remember(self, hidden_BLD, input_ids, layout: Layout, past):
         """Encode the chunks that this pass completes and return the memory to search."""
-        config, P = self.config, self.config.chunk_length
-        if config.retriever == "fixed":
-            bags = put_in(layout, self.bag_of_tokens.to(hidden_BLD.dtype)[input_ids], None)
-            hidden_BLD = torch.cat([hidden_BLD, bags], -1)
+        P, D = self.config.chunk_length, self.config.hidden_size
+        beside_BLW = self.retriever.beside(self, input_ids, layout, hidden_BLD.dtype)
+        if beside_BLW is not None:
+            hidden_BLD = torch.cat([hidden_BLD, beside_BLW], -1)
         fresh = past is None or not any(past.seen)
         held = 0 if past is None else past.states.places
         joined = hidden_BLD if past is None else past.states.joined(hidden_BLD)
         completed = layout.chunks_completed
         most = max(completed)
         # a whole chunk is encoded as soon as its last position is there
-        starts = [held - first % P for first in layout.first]
+        starts = [held - phase for phase in layout.phases]
         chunks_BCPD = shift_rows(joined, starts, most * P).unflatten(1, (most, P)) if most else None
         if past is not None:
             past.states.keep(joined, layout.lengths)
         if not most:
             return past.memory if not fresh else None
-        landmarks, keys_values = self.encoder(chunks_BCPD[..., : config.hidden_size])
-        if config.retriever == "fixed":
-            bags = nn.functional.normalize(chunks_BCPD[..., config.hidden_size :].detach().sum(2), dim=-1)
-            landmarks = bags * (FIXED_SHARPNESS * FIXED_WIDTH**0.5) ** 0.5
+        landmarks, keys_values = self.encoder(chunks_BCPD[..., :D])
+        landmarks = self.retriever.landmarks(landmarks, chunks_BCPD[..., D:])
         if past is not None:
             place_C = torch.arange(most, device=hidden_BLD.device)
             done_BC = place_C < torch.tensor(completed, device=hidden_BLD.device)[:, None]
             past.memory.append(keys_values[done_BC].detach(), landmarks[done_BC].detach(), completed)
         return ParallelMemory(keys_values, landmarks) if fresh else past.memory
-
-    def _retrieve(self, group: int, hidden_BLD, layout: Layout, memory, past):
-        """Return what serves the slots: keys, values, indices and weights of chunks, and the slots' phases.
-
-        Chunk t asks with the state of its last position and serves chunk t + 1: place 0 is what the cache holds for
-        the chunk in progress, place j what this pass finds at the end of the j-th chunk it completes.
-        """
-        B, K, P = len(hidden_BLD), self.config.num_retrieved_chunks, self.config.chunk_length
-        device, completed = hidden_BLD.device, layout.chunks_completed
-        joined = past.retrieved_for_current(group) if past is not None else None
-        if joined is None:
-            wide = torch.promote_types(hidden_BLD.dtype, torch.float32)
-            nothing = torch.full((B, 1, K), -1, device=device)
-            joined = Retrieved(nothing, nothing.new_zeros((B, 1, K), dtype=wide))
-        if max(completed):
-            found = self._ask(group, hidden_BLD, layout, memory)
-            joined = Retrieved(*(torch.cat(pair, 1) for pair in zip(joined, found, strict=True)))
-        phases = [first % P for first in layout.first]
-        spanned = max(-(-(phase + length) // P) for phase, length in zip(phases, layout.lengths, strict=True))
-        serving = Retrieved(*(tensor[:, :spanned] for tensor in joined))
-        if memory is None or not memory.total:
-            read = self._nothing(hidden_BLD, serving)
-        elif spanned == 1 and past is not None and memory is past.memory:
-            read = past.read(group, serving)
-        else:
-            read = memory.read(serving.chunks_BCK)
-        if past is not None:
-            past.keep_retrieved(group, Retrieved(*(tensor.detach() for tensor in joined)), completed)
-        return (*read, serving.weights_BCK, None if spanned == 1 else phases)
-
-    def _nothing(self, hidden_BLD, serving: Retrieved):
-        """Return one empty chunk: before the first chunk is complete there is nothing to read."""
-        config = self.config
-        shape = (1, config.num_key_value_heads, 1, config.chunk_size, config.head_dim)
-        empty = hidden_BLD.new_zeros(shape)
-        return empty, empty, serving.chunks_BCK
-
-    def _ask(self, group: int, hidden_BLD, layout: Layout, memory) -> Retrieved:
-        """Retrieve for every chunk that this pass completes."""
-        P, D = self.config.chunk_length, hidden_BLD.shape[-1]
-        device, completed = hidden_BLD.device, layout.chunks_completed
-        place_C = torch.arange(max(completed), device=device)
-        done_BC = place_C < torch.tensor(completed, device=device)[:, None]
-        begun_B1 = torch.tensor(layout.chunks_begun, device=device)[:, None]
-        asking_BC = torch.where(done_BC, begun_B1 + place_C, 0)
-        first_B1 = torch.tensor(layout.first, device=device)[:, None]
-        slot_BC = ((begun_B1 + place_C + 1) * P - 1 - first_B1).clamp_max(layout.width - 1)
-        noisy = self.training
-        K = self.config.num_retrieved_chunks
-        if self.config.retriever == "random":
-            with torch.no_grad():
-                chunks_BCK = best_chunks(self._lottery(asking_BC, group, noisy), asking_BC, memory.total, K)
-            scores_BCK = torch.zeros_like(chunks_BCK, dtype=torch.float32)
-            return Retrieved(chunks_BCK, chunk_weights(scores_BCK, chunks_BCK).to(hidden_BLD.dtype))
-        if self.config.retriever == "fixed":
-            queries_BCD = memory.landmarks_of(asking_BC[..., None])[:, :, 0]
-        else:
-            state_BCD = hidden_BLD.gather(1, slot_BC[..., None].expand(-1, -1, D))
-            queries_BCD = self.query_norms[group](state_BCD)
-        with torch.no_grad():
-            chunks_BCK = memory.find(queries_BCD, asking_BC, K, noisy and self.config.retriever == "learned")
-        landmarks_BCKD = memory.landmarks_of(chunks_BCK)
-        wide = torch.promote_types(queries_BCD.dtype, torch.float32)
-        scores_BCK = torch.einsum("bcd,bckd->bck", queries_BCD.to(wide), landmarks_BCKD.to(wide))
-        return Retrieved(chunks_BCK, chunk_weights(scores_BCK * queries_BCD.shape[-1] ** -0.5, chunks_BCK))
-
-    @staticmethod
-    def _lottery(asking_BC, group: int, noisy: bool):
-        """Return the scores of the random retriever: drawn anew in training, otherwise always the same."""
-
-        def score(start, stop):
-            number = torch.arange(start, stop, device=asking_BC.device)
-            scores = chance(asking_BC, number, group)
-            return torch.rand_like(scores) if noisy else scores
-
-        return score
 
 
 # what Transformers and its Trainer may pass to any model, and what this one has no use for
@@ -554,11 +488,11 @@ class DrtForSequenceClassification(DrtPreTrainedModel):
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        last_B = torch.full((len(hidden),), hidden.shape[1] - 1, device=hidden.device)
+        last_B = torch.full((hidden.shape[0],), hidden.shape[1] - 1, device=hidden.device)
         if attention_mask is not None:
             new_BQ = attention_mask[:, -hidden.shape[1] :].long()
             last_B = (new_BQ * torch.arange(1, hidden.shape[1] + 1, device=hidden.device)).argmax(1)
-        logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last_B])
+        logits = self.score(hidden[torch.arange(hidden.shape[0], device=hidden.device), last_B])
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)

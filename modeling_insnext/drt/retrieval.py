@@ -20,6 +20,19 @@ class Retrieved(NamedTuple):
     weights_BCK: torch.Tensor
 
 
+class Served(NamedTuple):
+    """What layers read that share a retrieval: keys and values of chunks, `[1 or B, G, N, S, D]`, and which of them.
+
+    `phases[b]` is the place in its chunk of row b's slot 0; `None`: all slots are in one chunk.
+    """
+
+    key_BGNSD: torch.Tensor
+    value_BGNSD: torch.Tensor
+    weights_BCK: torch.Tensor
+    indices_BCK: torch.Tensor
+    phases: list[int] | None
+
+
 def grouped_cross_attention(
     query_BHTD: torch.Tensor,
     key_BGNSD: torch.Tensor,
@@ -134,6 +147,12 @@ def best_chunks(
         return torch.full((B, C, k), -1, device=device)
     chunks = chunks.masked_fill(best.isneginf(), -1)
     return torch.nn.functional.pad(chunks, (0, k - chunks.shape[-1]), value=-1)
+
+
+def wide_scores(queries_BCD: torch.Tensor, landmarks_BND: torch.Tensor) -> torch.Tensor:
+    """Return <q, l>, `[B, C, N]`, in float32 or wider: rounded to bfloat16, many of thousands of scores are equal."""
+    wide = torch.promote_types(queries_BCD.dtype, torch.float32)
+    return queries_BCD.to(wide) @ landmarks_BND.to(wide).transpose(1, 2)
 
 
 def gumbel_like(scores: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ Shape suffixes: B rows, C chunks that ask, K chunks found, N chunks, D width.
 
 import torch
 
-from .memory import wide_scores
+from .retrieval import wide_scores
 
 
 try:

@@ -194,13 +194,25 @@ INTERVAL_BACKENDS = {
 }
 
 
+def refuse_other_models(module: torch.nn.Module, *args, **kwargs):
+    """What Transformers holds under such a name: models that know it compute it themselves, each in its own way.
+
+    Raises:
+        ValueError: Always.
+    """
+    raise ValueError(
+        f"this attn_implementation is for the models that define it, got a {type(module).__name__}; use eager, sdpa "
+        "or flex_attention"
+    )
+
+
 def register_interval_backend(name: str, prepare: Callable, attend: Callable) -> None:
     """Make `attn_implementation=name` available to InsNeXt models. See :class:`IntervalBackend`.
 
     Transformers refuses names it does not know before a model can say anything, so the name is registered there too;
-    the mask function registered with it is never called by InsNeXt, which builds its own intervals.
+    InsNeXt never calls what stands there, and any other model gets an error from it.
     """
-    AttentionInterface.register(name, attend)
+    AttentionInterface.register(name, refuse_other_models)
     AttentionMaskInterface.register(name, AttentionMaskInterface()["eager"])
     INTERVAL_BACKENDS[name] = IntervalBackend(prepare, attend)
 

@@ -11,6 +11,7 @@ from modeling_insnext import ChunkMemoryCache
 from modeling_insnext.drt import memory
 from modeling_insnext.drt.modeling_drt import DrtModel
 from modeling_insnext.drt.retrieval import best_chunks
+from modeling_insnext.drt.retriever import Retriever
 from tests.support.drt import FORMS, padded, random_ids, read, tiny_model, whole
 
 
@@ -263,14 +264,14 @@ def test_no_token_is_seen_before_it_is_there(changes):
 
 
 def test_a_chunk_served_by_what_it_found_itself_is_a_leak_that_shows(monkeypatch):
-    retrieve = DrtModel._retrieve
+    retrieve = Retriever.retrieve
 
     def too_early(*args):
-        key, value, indices, weights, phases = retrieve(*args)
-        return key, value, indices.roll(-1, 1), weights.roll(-1, 1), phases
+        served = retrieve(*args)
+        return served._replace(indices_BCK=served.indices_BCK.roll(-1, 1), weights_BCK=served.weights_BCK.roll(-1, 1))
 
     model, ids = tiny_model(), random_ids(1, LENGTH)
-    monkeypatch.setattr(DrtModel, "_retrieve", too_early)
+    monkeypatch.setattr(Retriever, "retrieve", too_early)
     assert any(first < place for place, first in enumerate(first_changes(model, ids)))
 
 

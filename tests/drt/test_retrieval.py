@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_insnext import ChunkMemoryCache
-from modeling_insnext.drt import memory, modeling_drt
+from modeling_insnext.drt import memory
+from modeling_insnext.drt import retriever as retriever_module
 from modeling_insnext.drt.landmark_attention import grouped_softmax
 from modeling_insnext.drt.retrieval import (
     best_chunks,
@@ -177,7 +178,7 @@ def test_only_weights_that_are_used_and_learnt_give_a_gradient(fusion, retriever
             seen[-1].retain_grad()
         return seen[-1]
 
-    monkeypatch.setattr(modeling_drt, "chunk_weights", watched)
+    monkeypatch.setattr(retriever_module, "chunk_weights", watched)
     loss_of(model, use_cache=False).backward()
     learns = fusion == "gca" and retriever == "learned"
     assert len(seen) == 2
@@ -231,7 +232,7 @@ def test_noise_touches_the_choice_and_never_the_weights(monkeypatch):
         assert abs(loss_of(model).item() - expected) < 1e-12
     # control: noise in what is weighed shows
     weigh = chunk_weights
-    monkeypatch.setattr(modeling_drt, "chunk_weights", lambda s, c: weigh(s + gumbel_like(s), c))
+    monkeypatch.setattr(retriever_module, "chunk_weights", lambda s, c: weigh(s + gumbel_like(s), c))
     assert abs(loss_of(model).item() - expected) > 1e-3
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_insnext.drt import attention, layers, memory, modeling_drt
+from modeling_insnext.drt import attention, layers, memory, retriever
 from modeling_insnext.drt.retrieval import best_chunks
 from tests.support.drt import FORMS, ROPE, random_ids, tiny_model, whole
 from tests.support.twin_drt import brute_force_logits
@@ -82,8 +82,8 @@ def no_shift(retrieve):
     """Chunk t is served by what chunk t found."""
 
     def wrong(*args):
-        key, value, indices, weights, phases = retrieve(*args)
-        return key, value, indices.roll(-1, 1), weights.roll(-1, 1), phases
+        served = retrieve(*args)
+        return served._replace(indices_BCK=served.indices_BCK.roll(-1, 1), weights_BCK=served.weights_BCK.roll(-1, 1))
 
     return wrong
 
@@ -97,11 +97,11 @@ def one_more_key(bias):
 
 CONTROLS = {
     "a chunk asks for itself": (memory, "best_chunks", lambda right: ask_for_oneself),
-    "no shift by one": (modeling_drt.DrtModel, "_retrieve", no_shift),
+    "no shift by one": (retriever.Retriever, "retrieve", no_shift),
     "a window of w + 1": (attention, "_bias", one_more_key),
     "unrotated chunks": (layers, "rotate", lambda right: lambda x, theta: x),
     "equal weights": (
-        modeling_drt,
+        retriever,
         "chunk_weights",
         lambda right: lambda scores, chunks: right(torch.zeros_like(scores), chunks),
     ),
