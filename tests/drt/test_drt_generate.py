@@ -14,9 +14,8 @@ from transformers import (
 )
 
 from modeling_insnext import DrtForSequenceClassification
-from tests.support.drt import padded, random_ids, shipped_model, tiny_model, whole
+from tests.support.drt import drt_tokenizer, padded, random_ids, shipped_model, tiny_model, whole
 from tests.support.equality import same_bits, within_rounding
-from tests.support.tokenizers import tiny_tokenizer
 
 
 IDS = random_ids(2, 23)
@@ -24,7 +23,7 @@ GREEDY = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": None}
 
 
 def test_a_pipeline_continues_texts():
-    tokenizer, model = tiny_tokenizer(), shipped_model()
+    tokenizer, model = drt_tokenizer(), shipped_model()
     writer = pipeline("text-generation", model=model, tokenizer=tokenizer)
     options = {**GREEDY, "eos_token_id": None}
     texts = ["the old man and the sea", "the dog"]
@@ -55,7 +54,7 @@ def test_a_streamer_gets_every_token_in_order(options):
 
 
 def test_streamers_of_text_write_it(capsys):
-    tokenizer, model = tiny_tokenizer(), shipped_model()
+    tokenizer, model = drt_tokenizer(), shipped_model()
     inputs = tokenizer("the old man", return_tensors="pt")
     text = tokenizer.decode(model.generate(**inputs, **GREEDY)[0])
     model.generate(**inputs, streamer=TextStreamer(tokenizer), **GREEDY)

@@ -12,8 +12,7 @@ from modeling_insnext import ChunkMemoryCache, DrtForSequenceClassification
 from modeling_insnext.drt import AUTO_CLASSES
 from modeling_insnext.drt.modeling_drt import AUTO_MAP
 from tests.support.clean_process import run_clean
-from tests.support.drt import random_ids, shipped_model
-from tests.support.tokenizers import tiny_tokenizer
+from tests.support.drt import drt_tokenizer, random_ids, shipped_model
 
 
 CODE = Path(modeling_insnext.__file__).parent / "drt"
@@ -97,7 +96,7 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("remote")
     model = shipped_model()
     model.save_pretrained(folder / "lm")
-    tiny_tokenizer().save_pretrained(folder / "lm")
+    drt_tokenizer().save_pretrained(folder / "lm")
     head = shipped_model(DrtForSequenceClassification, num_labels=3)
     head.save_pretrained(folder / "head")
     arguments = (str(folder), json.dumps(IDS.tolist()), json.dumps([auto.__name__ for auto in AUTO_CLASSES]))

@@ -8,10 +8,9 @@ from transformers import DataCollatorForLanguageModeling, Trainer
 
 from modeling_insnext import DrtForCausalLM, DrtForSequenceClassification
 from tests.support import quiet_training
-from tests.support.drt import random_ids, shipped_model, tiny_model
+from tests.support.drt import drt_tokenizer, random_ids, shipped_model, tiny_model
 from tests.support.equality import same_bits
 from tests.support.quiet_training import losses, weights
-from tests.support.tokenizers import tiny_tokenizer
 
 
 LENGTHS = [14, 23, 32, 9, 27, 18, 30, 11]
@@ -24,7 +23,7 @@ def texts(count=8, seed=0):
 
 def collator(padding_side="right"):
     """Right padding: `Trainer` counts a label for the first token of every row that does not begin in column 0."""
-    tokenizer = tiny_tokenizer()
+    tokenizer = drt_tokenizer()
     tokenizer.padding_side = padding_side
     return DataCollatorForLanguageModeling(tokenizer, mlm=False)
 

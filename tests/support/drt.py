@@ -6,6 +6,8 @@ import torch
 
 from modeling_insnext import DrtConfig, DrtForCausalLM
 
+from .tokenizers import tiny_tokenizer
+
 
 TINY = {
     "vocab_size": 50,
@@ -56,6 +58,11 @@ def random_ids(rows: int, length: int, seed: int = 0, vocab_size: int = 50) -> t
     """Return `[rows, length]` token ids, special ones (0 to 2) left out."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, vocab_size, (rows, length), generator=generator)
+
+
+def drt_tokenizer():
+    """Return a tokenizer of the tiny models' 50 ids that pads on the left."""
+    return tiny_tokenizer(50, bos_in_front=False, padding_side="left")
 
 
 @torch.no_grad()
