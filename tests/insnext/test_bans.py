@@ -175,7 +175,7 @@ def test_a_gap_that_would_leave_given_tokens_banned_gets_a_token():
     canvas = canvas_of([[(BOS, True), (4, True), (5, False), (6, False)]])
     stop_at_once = writing_model(seed=7, dtype=torch.float32)
     with torch.no_grad():
-        state = stop_at_once.model(canvas.input_ids).last_hidden_state[0, -1]
+        state = stop_at_once.model(canvas.input_ids, is_causal=False).last_hidden_state[0, -1]
         stop_at_once.slot_head.stop_key.copy_(stop_at_once.slot_head.query_proj(state) * 50)
     options = dict(max_new_tokens=1, return_dict_in_generate=True)
     assert stop_at_once.generate(**canvas, **options).sequences.tolist() == canvas.input_ids.tolist()
