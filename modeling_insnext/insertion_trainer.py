@@ -61,7 +61,8 @@ class InsertionTrainer(TokenMeanTrainer):
             self.args.remove_unused_columns = False
             if self.train_dataset is not None and not has_length(self.train_dataset):
                 self._refuse_epochs()
-                self.train_dataset = Passes(self.train_dataset)
+                if not isinstance(self.train_dataset, Passes):
+                    self.train_dataset = Passes(self.train_dataset)
 
     def _refuse_epochs(self) -> None:
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):

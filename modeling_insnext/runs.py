@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME, TrainerState
@@ -86,6 +87,35 @@ def train_on(trainer) -> None:
         trainer.save_metrics("train", finite(metrics))
     trainer.save_model()
     trainer.save_state()
+
+
+def plot_losses(history: list[dict], parts: Sequence[str], path: str | Path) -> None:
+    """Draw losses by step, a panel each: training as a line, evaluation as points. Needs matplotlib.
+
+    Args:
+        history: `trainer.state.log_history`.
+        parts: Names of losses; those that were never logged are left out.
+        path: File of the picture.
+    """
+    import matplotlib.pyplot as plt
+
+    curves = {}
+    for part in parts:
+        train, heldout = ([(row["step"], row[key]) for row in history if key in row] for key in (part, f"eval_{part}"))
+        if train or heldout:
+            curves[part] = train, heldout
+    if not curves:
+        return
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3.2), layout="constrained", squeeze=False)
+    for axis, (part, (train, heldout)) in zip(axes[0], curves.items(), strict=True):
+        if train:
+            axis.plot(*zip(*train, strict=True), lw=1, color="tab:blue", label="training")
+        if heldout:
+            axis.plot(*zip(*heldout, strict=True), "o", color="tab:red", ms=4, label="held out")
+        axis.set(xlabel="step", ylabel="nats per inserted token", title=part.replace("_", " "))
+        axis.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def write_atomically(path: str | Path, text: str) -> None:

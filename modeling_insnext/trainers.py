@@ -1,5 +1,8 @@
 """Trainers that stop where the loss is no number, and that evaluate per token."""
 
+import math
+from collections.abc import Mapping
+
 import torch
 from transformers import Trainer
 
@@ -10,10 +13,46 @@ class FiniteTrainer(Trainer):
     `Trainer` itself logs such a loss as the mean of those before (`logging_nan_inf_filter`), goes on, and saves what
     has become of the weights over what was good.
 
+    Args:
+        *args: Of `Trainer`.
+        learning_rates: Rates of the trained weights whose names hold a key, in the place of `learning_rate`; the
+            schedule is the same for all. The first key that a name holds counts.
+        **kwargs: Of `Trainer`.
+
     Raises:
+        ValueError: If a rate is not finite and above 0, or no trained weight has a key in its name.
         FloatingPointError: In the step whose loss is no finite number, and where a trained weight that is to be saved
             is none. It names the step, counted from 1; nothing is written.
     """
+
+    def __init__(self, *args, learning_rates: Mapping[str, float] | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._rates = dict(learning_rates or {})
+        trained = [name for name, weight in self.model.named_parameters() if weight.requires_grad]
+        for key, rate in self._rates.items():
+            if not 0 < rate < math.inf:
+                raise ValueError(f"learning_rates must be finite and above 0, got {rate} for {key!r}")
+            if not any(key in name for name in trained):
+                raise ValueError(f"learning_rates must name trained weights, got {key!r}")
+
+    def create_optimizer(self, *args, **kwargs):
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if made and self._rates:
+            self._split_groups(optimizer)
+        return optimizer
+
+    def _split_groups(self, optimizer) -> None:
+        """Give the weights with a rate of their own groups of their own, each like the one it comes from."""
+        names = {id(weight): name for name, weight in self.model.named_parameters()}
+        for group in list(optimizer.param_groups):
+            members: dict[float | None, list] = {}
+            for weight in group["params"]:
+                rate = next((self._rates[key] for key in self._rates if key in names[id(weight)]), None)
+                members.setdefault(rate, []).append(weight)
+            group["params"] = members.pop(None, [])
+            for rate, weights in members.items():
+                optimizer.add_param_group({**group, "params": weights, "lr": rate})
 
     def training_step(self, *args, **kwargs):
         loss = super().training_step(*args, **kwargs)

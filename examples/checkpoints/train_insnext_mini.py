@@ -11,9 +11,7 @@ schedule, are in the checkpoint's card. Interrupted, the same command goes on fr
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from small_checkpoint import train_small_checkpoint
@@ -29,6 +27,7 @@ from modeling_insnext.data import (
     word_start_table,
 )
 from modeling_insnext.insertion_trainer import InsertionTrainer
+from modeling_insnext.runs import plot_losses
 
 
 @dataclass
@@ -89,22 +88,6 @@ def make_collator(args, tokenizer, texts, **options):
     )
 
 
-def plot_history(history: list[dict], path: Path) -> None:
-    """Draw position and token loss by step: training as lines, held-out texts as points."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    for axis, part in zip(axes, ("position_loss", "token_loss"), strict=True):
-        train = [(row["step"], row[part]) for row in history if part in row]
-        heldout = [(row["step"], row[f"eval_{part}"]) for row in history if f"eval_{part}" in row]
-        axis.plot(*zip(*train, strict=True), lw=1, color="tab:blue", label="training")
-        axis.plot(*zip(*heldout, strict=True), "o", color="tab:red", ms=4, label="held out")
-        axis.set_xlabel("step")
-        axis.set_ylabel("nats per inserted token")
-        axis.set_title(part.replace("_", " "))
-        axis.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def main():
     args, training = HfArgumentParser((MiniArguments, TrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
@@ -128,7 +111,7 @@ def main():
         processing_class=tokenizer,
     )
     final = train_small_checkpoint(trainer)
-    plot_history(trainer.state.log_history, final / "loss.png")
+    plot_losses(trainer.state.log_history, ("position_loss", "token_loss"), final / "loss.png")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,10 @@ r"""Pre-train InsNeXt, sentences first and documents then, or DRT on whole texts
         --train_file train.jsonl --do_train --output_dir runs/documents
     python examples/scripts/run_pretraining.py --model_type drt --preset small-x2 --tokenizer_name TOKENIZER \
         --dataset_name NAME --do_train --output_dir runs/drt
+    python examples/scripts/run_pretraining.py --model_name_or_path CONVERTED --stage documents --adapter lora \
+        --lora_target_modules all-linear --lora_r 32 --learning_rate 3e-4 --head_learning_rate 1e-3 \
+        --left_to_right_share 0.8 0.3 --alignment_weight 1 --bf16 --train_file train.jsonl --do_train \
+        --output_dir runs/adapted
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/scripts/run_pretraining.py ...
 
 Files hold one text a row in `--text_column`; a line of a .txt file is a text. What becomes of a text:
@@ -17,20 +21,35 @@ Files hold one text a row in `--text_column`; a line of a .txt file is a text. W
     DRT                        joined with the others by EOS and cut into rows of --block_size (1,024) tokens; what is
                                left over at the end of a thousand texts is dropped
 
+A model that `conversion.from_llama --to insnext` made is its source from left to right. --adapter adapts it: the slot
+head, of which the source knows nothing, is trained whole, at --head_learning_rate, and saved with the adapter.
+--left_to_right_share says how many texts are plainly left to right, at the beginning and at the end, and
+--alignment_weight keeps the hidden states of such texts beside the source's. `loss.png` shows the losses by step.
+
 A batch of --per_device_train_batch_size texts takes as few rows as it fits into. Interrupted, the same command goes on
 from the last complete checkpoint in --output_dir, to bit-equal losses and weights on a CPU.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from common.arguments import DataArguments, InsertionArguments, ModelArguments, check_choice, parse
+from common.arguments import (
+    AdapterArguments,
+    DataArguments,
+    InsertionArguments,
+    ModelArguments,
+    check_choice,
+    parse,
+)
 from common.data import body, check_texts, insertion_collator, load_splits, wanted_examples
-from common.models import load_config, load_model, load_tokenizer
-from common.training import note_arguments, start, train_and_evaluate
+from common.models import add_adapter, load_config, load_model, load_tokenizer
+from common.training import in_passes, note_arguments, start, train_and_evaluate
 from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator
 
+from modeling_insnext.alignment import AlignedTrainer
 from modeling_insnext.data import split_sentences
 from modeling_insnext.insertion_trainer import InsertionTrainer
+from modeling_insnext.runs import plot_losses
 from modeling_insnext.trainers import TokenMeanTrainer
 
 
@@ -45,22 +64,35 @@ class PretrainingArguments:
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     stage: str | None = field(default=None, metadata={"help": "InsNeXt: sentences or documents."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens a row."})
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "InsNeXt: of the slot head, in the place of --learning_rate."}
+    )
+    alignment_weight: float | None = field(
+        default=None, metadata={"help": "InsNeXt under an adapter: of the distance to the states of the source."}
+    )
 
     def __post_init__(self):
         if self.stage is not None:
             check_choice("stage", self.stage, STAGES)
         if self.block_size is not None and self.block_size < 2:
             raise ValueError(f"block_size must be at least 2, got {self.block_size}")
+        if self.head_learning_rate is not None and not 0 < self.head_learning_rate < float("inf"):
+            raise ValueError(f"head_learning_rate must be finite and above 0, got {self.head_learning_rate}")
+        if self.alignment_weight is not None and not 0 <= self.alignment_weight < float("inf"):
+            raise ValueError(f"alignment_weight must be finite and at least 0, got {self.alignment_weight}")
 
 
-def check(args: PretrainingArguments, insertion: InsertionArguments, config) -> None:
+def check(args: PretrainingArguments, insertion: InsertionArguments, adapter: AdapterArguments, config) -> None:
     """Raise a `ValueError` if the options are not those of the architecture."""
     check_choice("the model type of a checkpoint", config.model_type, ("insnext", "drt"))
     if config.model_type == "drt":
         insertion.refuse("which DRT does not write")
-        if args.stage is not None:
-            raise ValueError(f"stage is for model type insnext, got stage={args.stage!r} and drt")
+        for name in ("stage", "head_learning_rate", "alignment_weight"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{name} is for model type insnext, got {name}={getattr(args, name)!r} and drt")
         return
+    if args.alignment_weight is not None and adapter.adapter == "none" and adapter.adapter_name_or_path is None:
+        raise ValueError(f"alignment_weight needs an adapter, got alignment_weight={args.alignment_weight}")
     if args.stage is None:
         raise ValueError(f"model type insnext needs stage, one of {STAGES}, got None")
     limit = config.max_position_embeddings
@@ -120,37 +152,60 @@ def make_examples(args: PretrainingArguments, config, tokenizer):
     return insertion_texts(tokenizer, args.text_column, args.stage, row_length(args, config))
 
 
+def make_trainer(args: PretrainingArguments, insertion: InsertionArguments, model, tokenizer, rows: dict, training):
+    """Return the trainer of an insertion model."""
+    # of training first, of evaluation last
+    collators = [
+        insertion_collator(insertion, tokenizer, texts, CONTEXTS, training, pack_to=row_length(args, model.config))
+        for texts in rows.values()
+    ]
+    first, last = insertion.shares
+    if first != last and "train_dataset" in rows:
+        rows = {**rows, "train_dataset": in_passes(rows["train_dataset"], training)}
+    rates = {} if args.head_learning_rate is None else {"slot_head": args.head_learning_rate}
+    options = {"args": training, "processing_class": tokenizer, "learning_rates": rates, **rows}
+    options |= {"data_collator": collators[0], "eval_data_collator": collators[-1]}
+    if args.alignment_weight is None:
+        return InsertionTrainer(model, **options)
+    return AlignedTrainer(model, alignment_weight=args.alignment_weight, **options)
+
+
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the metrics of the evaluation."""
-    model_args, data, pretraining, insertion, training = parse(
-        ModelArguments, DataArguments, PretrainingArguments, InsertionArguments, TrainingArguments, args=args
+    model_args, data, pretraining, insertion, adapter, training = parse(
+        ModelArguments,
+        DataArguments,
+        PretrainingArguments,
+        InsertionArguments,
+        AdapterArguments,
+        TrainingArguments,
+        args=args,
     )
     data.check_splits(training)
     if training.do_predict:
         raise ValueError("do_predict is for run_finetuning.py and run_classification.py, got True")
     tokenizer = load_tokenizer(model_args)
     config = load_config(model_args, tokenizer)
-    check(pretraining, insertion, config)
+    check(pretraining, insertion, adapter, config)
     start(training)
     splits = load_splits(data, model_args)
     check_texts(splits, [pretraining.text_column])
     make = make_examples(pretraining, config, tokenizer)
     rows = wanted_examples(splits, [pretraining.text_column], make, data, training)
-    note_arguments(training, model_args, data, pretraining, insertion)
+    note_arguments(training, model_args, data, pretraining, insertion, adapter)
+    insnext = config.model_type == "insnext"
     model = load_model(AutoModelForCausalLM, model_args, config)
-    options = {"args": training, "processing_class": tokenizer, **rows}
-    if config.model_type == "insnext":
-        # of training first, of evaluation last
-        collators = [
-            insertion_collator(
-                insertion, tokenizer, texts, CONTEXTS, training, pack_to=row_length(pretraining, config)
-            )
-            for texts in rows.values()
-        ]
-        trainer = InsertionTrainer(model, data_collator=collators[0], eval_data_collator=collators[-1], **options)
+    model = add_adapter(model, adapter, "CAUSAL_LM", head=["slot_head"] if insnext else None)
+    if insnext:
+        trainer = make_trainer(pretraining, insertion, model, tokenizer, rows, training)
     else:
-        trainer = TokenMeanTrainer(model, data_collator=default_data_collator, **options)
-    return train_and_evaluate(trainer, perplexity=config.model_type == "drt")
+        options = {"data_collator": default_data_collator, "processing_class": tokenizer, **rows}
+        trainer = TokenMeanTrainer(model, training, **options)
+    metrics = train_and_evaluate(trainer, perplexity=not insnext)
+    if training.do_train and training.should_save:
+        parts = ("position_loss", "token_loss", "alignment_loss") if insnext else ("loss",)
+        plot_losses(trainer.state.log_history, parts, Path(training.output_dir) / "loss.png")
+    return metrics
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from .collators import InsertionCollator, first_fit
 from .contexts import ContextMixture
 from .keywords import inflections, keyword_spans
 from .orders import ORDERS, Order, OrderMixture, TargetKind, gap_indices, get_mixture, get_order
-from .passes import Passes
+from .passes import Passes, Shuffled
 from .sentences import split_sentences
 from .text_file import load_texts, save_texts
 from .units import UnitText, cut_text, rarity_table, sentence_end_table, word_start_table
@@ -17,6 +17,7 @@ __all__ = [
     "Order",
     "OrderMixture",
     "Passes",
+    "Shuffled",
     "TargetKind",
     "UnitText",
     "cut_text",

@@ -26,6 +26,7 @@ from .units import UnitText, cut_text
 
 
 IGNORE_INDEX = -100
+PLAIN = ContextMixture(), get_mixture("left_to_right")
 
 
 @dataclass(eq=False)
@@ -34,8 +35,9 @@ class InsertionCollator:
 
     A feature is a mapping with `input_ids` (`[T]` integers; BOS first) and, optional, `given` (`[T]` bool: tokens the
     caller supplies), `complete` (bool, default True; False for a document cut at its end: STOP is not supervised),
-    `keywords` (`[T]` bool: tokens of keywords) and `pass_number` (integer, added to the epoch; see `Passes`). Other
-    keys are ignored, so `Trainer` needs `remove_unused_columns=False` where the optional ones are used.
+    `keywords` (`[T]` bool: tokens of keywords), `pass_number` (integer, added to the epoch; see `Passes`) and
+    `progress` (float in [0, 1], default 1: where in the training). Other keys are ignored, so `Trainer` needs
+    `remove_unused_columns=False` where the optional ones are used.
 
     What is drawn for a text depends on `seed`, the epoch, its tokens and how often the same text came before in the
     same call, and on nothing else: not on the worker, the batch, or what was collated before. `Trainer` resumes by
@@ -50,6 +52,9 @@ class InsertionCollator:
         pad_token_id: Token of the padding on the right.
         order: A name, a callable, or a weighted mixture of these; see `orders.get_mixture`.
         contexts: How contexts and blocks are drawn.
+        left_to_right_share: Share of texts that are written left to right without a drawn context or block, at the
+            beginning of a training and at its end, linear in `progress`; the others are drawn as `order` and
+            `contexts` say.
         word_starts: Boolean table over the vocabulary, see `units.word_start_table`; None makes every token a unit.
         sentence_ends: Boolean table over the vocabulary, for the order `sentence_local`.
         token_rarity: Float table over the vocabulary, for keywords by rarity.
@@ -71,6 +76,7 @@ class InsertionCollator:
     pad_token_id: int
     order: OrderSpec = "uniform"
     contexts: ContextMixture = ContextMixture()
+    left_to_right_share: tuple[float, float] = (0.0, 0.0)
     word_starts: np.ndarray | None = None
     sentence_ends: np.ndarray | None = None
     token_rarity: np.ndarray | None = None
@@ -92,6 +98,9 @@ class InsertionCollator:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.truncate and self.max_length is None and self.pack_to is None:
             raise ValueError("truncate=True needs max_length or pack_to, got neither")
+        shares = self.left_to_right_share
+        if len(shares) != 2 or not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"left_to_right_share must be two shares in [0, 1], got {shares}")
         if not 0 <= self.context_step_weight < float("inf"):
             raise ValueError(f"context_step_weight must be finite and at least 0, got {self.context_step_weight}")
         if not isinstance(self.seed, int) or self.seed < 0:
@@ -127,7 +136,7 @@ class InsertionCollator:
             epoch = self.epoch + int(feature.get("pass_number", 0))
             rng = np.random.default_rng([self.seed, epoch, seen[digest], int.from_bytes(digest, "little")])
             seen[digest] += 1
-            pieces.append(self._lay_out(text, complete, rng))
+            pieces.append(self._lay_out(text, complete, float(feature.get("progress", 1.0)), rng))
         return self._stack(pieces)
 
     def _read(self, feature: Mapping[str, Any]) -> tuple[UnitText, bool]:
@@ -180,14 +189,23 @@ class InsertionCollator:
                     f"at index {found.argmax() + 1} of a text of {len(tokens)} tokens"
                 )
 
-    def _lay_out(self, text: UnitText, complete: bool, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def _recipe(self, progress: float, rng: np.random.Generator) -> tuple[ContextMixture, OrderMixture]:
+        """Return how a text is drawn: plainly left to right, or as contexts and orders say."""
+        first, last = self.left_to_right_share
+        share = first + (last - first) * progress
+        if share and rng.random() < share:
+            return PLAIN
+        return self.contexts, self.mixture
+
+    def _lay_out(self, text: UnitText, complete: bool, progress: float, rng: np.random.Generator) -> dict:
         """Draw context, order and blocks of one text; returns its columns of the batch, `[T]` in insertion order."""
-        given_units = self.contexts.draw_given(text, rng)
-        units, unit_kinds = self.mixture.draw(text, given_units, rng)
+        contexts, mixture = self._recipe(progress, rng)
+        given_units = contexts.draw_given(text, rng)
+        units, unit_kinds = mixture.draw(text, given_units, rng)
         context, written = text.tokens_of(np.flatnonzero(given_units)), text.tokens_of(units)
         positions = np.concatenate([context, written])
         num_tokens = len(positions)
-        joined, window = self.contexts.draw_blocks(len(written), rng)
+        joined, window = contexts.draw_blocks(len(written), rng)
         first_end = len(context) + joined
         first_label = first_end + window
         horizon = np.arange(num_tokens)

@@ -28,6 +28,13 @@ QUIET = "--use_cpu --report_to none --disable_tqdm true --per_device_train_batch
 CASES = {
     "sentences": ("run_pretraining", "insnext", "new", "--stage sentences --block_size 32 --do_eval"),
     "documents": ("run_pretraining", "insnext", "old", "--stage documents --block_size 48 --do_eval"),
+    "adapted": (
+        "run_pretraining",
+        "insnext",
+        "old",
+        "--stage sentences --block_size 32 --adapter lora --lora_target_modules all-linear --head_learning_rate 3e-2 "
+        "--left_to_right_share 0.9 0.3 --alignment_weight 0.5 --bf16 --do_eval",
+    ),
     "drt": ("run_pretraining", "drt", "new", "--block_size 24 --do_eval"),
     "keywords": (
         "run_finetuning",
@@ -130,6 +137,8 @@ def check_results(case: str, output_dir: Path, metrics: dict) -> None:
         else:
             assert {"eval_position_loss", "eval_token_loss"} <= metrics.keys()
     assert (output_dir / "adapter_model.safetensors").exists() == ("--adapter" in options)
+    if case == "adapted":
+        check_adaptation(output_dir)
     if case == "choice-lora":
         model = AutoPeftModel.from_pretrained(output_dir, import_allowlist=["modeling_insnext"])
         assert type(model.get_base_model()) is type(AutoModelForMultipleChoice.from_pretrained(output_dir))
@@ -141,6 +150,18 @@ def check_results(case: str, output_dir: Path, metrics: dict) -> None:
             assert re.search(rf"(?<![a-z]){first}(?![a-z]).*(?<![a-z]){second}(?![a-z])", one["prediction"], re.DOTALL)
         for one in rows if script == "run_classification" else []:
             assert one["prediction"] in ("0", "1")
+
+
+def check_adaptation(output_dir: Path) -> None:
+    names = weights(output_dir).keys()
+    trained_whole = {name.split("slot_head.")[1] for name in names if "slot_head" in name}
+    assert {"left_proj.weight", "state_proj.weight", "stop_key"} <= trained_whole
+    assert any("lora_A" in name for name in names) and not any("lora" in name for name in trained_whole)
+    history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
+    distances = [entry["alignment_loss"] for entry in history if "alignment_loss" in entry]
+    # the adapter begins as nothing: a cosine of 1, but for its rounding
+    assert abs(distances[0]) < 4 * torch.finfo(torch.float32).eps < distances[-1]
+    assert (output_dir / "loss.png").stat().st_size > 5_000
 
 
 def test_control_another_seed_or_weights_without_the_optimizer_end_elsewhere(home, tmp_path):

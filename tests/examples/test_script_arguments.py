@@ -62,6 +62,22 @@ BAD = {
         f"run_pretraining {INSNEXT} {DATA} --stage sentences --block_size 5000",
         "block_size must be at most max_position_embeddings=64, got 5000",
     ),
+    "head rate of DRT": (
+        f"run_pretraining {DRT} {DATA} --head_learning_rate 1",
+        "head_learning_rate is for .*insnext",
+    ),
+    "head rate": (
+        f"run_pretraining {INSNEXT} {DATA} --stage sentences --head_learning_rate 0",
+        "head_learning_rate must be finite and above 0, got 0",
+    ),
+    "alignment alone": (
+        f"run_pretraining {INSNEXT} {DATA} --stage sentences --alignment_weight 1",
+        "alignment_weight needs an adapter",
+    ),
+    "shares": (
+        f"run_pretraining {INSNEXT} {DATA} --stage sentences --left_to_right_share 0.5 1.5",
+        "left_to_right_share must be one or two shares",
+    ),
     "column": (f"run_pretraining {DRT} {DATA} --text_column body", "must have the columns .*body"),
     "task": (f"{FINETUNE} --task summary", "task must be one of .*'summary'"),
     "task of DRT": (f"run_finetuning {DRT} {DATA} --task infilling", "task infilling needs model type insnext"),

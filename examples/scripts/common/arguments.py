@@ -274,6 +274,10 @@ class InsertionArguments:
 
     order: str | None = field(default=None, metadata={"help": "Name of an insertion order, or a JSON mixture."})
     contexts: str | None = field(default=None, metadata={"help": "Shares of ContextMixture, JSON."})
+    left_to_right_share: list[float] | None = field(
+        default=None,
+        metadata={"help": "Share of texts plainly left to right; two: at the beginning and at the end of training."},
+    )
     context_step_weight: float | None = field(default=None, metadata={"help": "Weight of the step after a context."})
 
     def __post_init__(self):
@@ -283,6 +287,9 @@ class InsertionArguments:
             for name in shares:
                 check_choice("a key of contexts", name, known)
             ContextMixture(**shares)
+        shares = self.left_to_right_share
+        if shares is not None and not (len(shares) in (1, 2) and all(0 <= share <= 1 for share in shares)):
+            raise ValueError(f"left_to_right_share must be one or two shares in [0, 1], got {shares}")
         weight = self.context_step_weight
         if weight is not None and not 0 <= weight < float("inf"):
             raise ValueError(f"context_step_weight must be finite and at least 0, got {weight}")
@@ -292,6 +299,12 @@ class InsertionArguments:
         if self.order is None:
             return {"gap_left_to_right": 0.75, "left_to_right": 0.1, "uniform": 0.15}
         return json_object("order", self.order) if self.order.startswith("{") else self.order
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """Share of texts left to right at the beginning and at the end."""
+        given = self.left_to_right_share or [0.0]
+        return given[0], given[-1]
 
     def refuse(self, reason: str) -> None:
         """Raise a `ValueError` if anything here was given, which `reason` makes useless."""

@@ -184,6 +184,7 @@ def insertion_collator(args: InsertionArguments, tokenizer, texts, contexts: dic
         eos_token_id=tokenizer.eos_token_id,
         order=order,
         contexts=ContextMixture(**shares),
+        left_to_right_share=args.shares,
         word_starts=word_start_table(tokenizer),
         sentence_ends=sentence_end_table(tokenizer),
         token_rarity=rarity_table((text["input_ids"] for text in texts), len(tokenizer)) if rare else None,

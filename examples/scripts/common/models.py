@@ -107,6 +107,8 @@ def add_adapter(model, args: AdapterArguments, task_type: str | None, head: list
             target_modules="all-linear" if targets == ["all-linear"] else targets,
             use_dora=args.adapter == "dora",
             modules_to_save=head,
+            # what is trained whole needs no adapter
+            exclude_modules=None if head is None else rf".*\b({'|'.join(head)})\b.*",
         )
         model = get_peft_model(model, config)
     trained, total = model.get_nb_trainable_parameters()

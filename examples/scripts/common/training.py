@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import datasets
 import transformers
 from transformers import set_seed
 
+from modeling_insnext.data import Passes, Shuffled
 from modeling_insnext.runs import checkpoint_to_resume, finite, train_on, write_atomically
 
 
@@ -40,7 +42,29 @@ def start(training) -> None:
     transformers.utils.logging.set_verbosity(level)
     datasets.utils.logging.set_verbosity(level)
     set_seed(training.seed)
+    if training.bf16 and training.device.type == "cpu" and not cpu_has_bf16():
+        logger.warning("this CPU has no bfloat16 instructions: --bf16 is slower than without")
     training.resume_from_checkpoint = checkpoint_to_resume(training)
+
+
+def cpu_has_bf16() -> bool:
+    """Return whether the processor multiplies bfloat16 itself; where that is not known, True."""
+    facts = Path("/proc/cpuinfo")
+    text = facts.read_text(encoding="utf-8") if facts.is_file() else ""
+    flags = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags[1].split()))
+
+
+def in_passes(rows, training) -> Passes:
+    """Return rows as one stream, in another order in every pass, whose texts say how far the training is.
+
+    `max_steps` becomes what the epochs are; every process reads its share.
+    """
+    texts = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    if training.max_steps <= 0:
+        training.max_steps = math.ceil(len(rows) * training.num_train_epochs / texts)
+    seed = training.seed if training.data_seed is None else training.data_seed
+    return Passes(Shuffled(rows, seed), num_texts=training.max_steps * texts)
 
 
 def note_arguments(training, *arguments) -> None:
