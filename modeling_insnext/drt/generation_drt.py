@@ -27,6 +27,17 @@ class DrtGenerationMixin(GenerationMixin):
       that was read before, pass a :class:`ChunkMemoryCache` as `past_key_values`.
     """
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refuse `generate_batch`: a memory of chunks is no list of pages.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "continuous batching (generate_batch) keeps keys in pages, which a memory of chunks has none of; "
+            "use generate with a padded batch"
+        )
+
     @torch.no_grad()
     def prefill(
         self,

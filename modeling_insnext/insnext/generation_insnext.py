@@ -89,6 +89,17 @@ class InsertionGenerationMixin(GenerationMixin):
         """Hand the padding on as it is: the model builds its own intervals, with a static cache too."""
         return attention_mask
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refuse `generate_batch`: text grows between tokens, and pages of keys only at their end.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "continuous batching (generate_batch) keeps keys in pages, which insertion has none of; "
+            "use generate with a padded batch"
+        )
+
     def canvas(self, tokenizer, text=None, keywords=None, **options):
         """Return the canvas of a text with marks, or of keywords: what `generate(**canvas)` fills.
 

@@ -68,6 +68,8 @@ class InsNextPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": InsNextBlock, "attentions": InsNextAttention}
+    # encoder and heads are taken from language models as well
+    _keys_to_ignore_on_load_unexpected = [r"^slot_head\.", r"^lm_head\."]
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, configuration and code: a folder for every Auto class with `trust_remote_code=True`."""
@@ -270,6 +272,7 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
     """InsNeXt with slots: writes text by insertion; left to right it is an ordinary causal language model."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _keys_to_ignore_on_load_unexpected = None
     generation_config_class = InsertionGenerationConfig
 
     def __init__(self, config: InsNextConfig):

@@ -64,6 +64,11 @@ def test_streamers_of_text_write_it(capsys):
     assert "".join(streamer).strip() == text.strip()
 
 
+def test_batches_without_end_are_refused_before_any_work():
+    with pytest.raises(ValueError, match="continuous batching .generate_batch. keeps keys in pages.* use generate"):
+        tiny_model().generate_batch([[1, 5, 6], [1, 7]], max_new_tokens=3)
+
+
 def test_sampling_is_seeded():
     model = tiny_model()
 

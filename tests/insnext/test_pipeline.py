@@ -7,7 +7,9 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
+from transformers.pipelines import PipelineException
 from transformers.utils import logging as transformers_logging
 
 from modeling_insnext import (
@@ -162,3 +164,29 @@ def test_feature_extraction():
     read = pipeline("feature-extraction", model=shipped_model(InsNextModel), tokenizer=tiny_tokenizer())
     features = torch.tensor(read("the old man"))
     assert features.shape == (1, len(tiny_tokenizer()("the old man").input_ids), 32)
+
+
+def test_feature_extraction_from_a_language_model_reports_nothing(tmp_path, silence):
+    shipped_model(InsNextForInsertionLM, tie_word_embeddings=False).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert torch.tensor(pipeline("feature-extraction", model=str(tmp_path))("the old man")).shape[0] == 1
+    assert silence == []
+    # control: a tensor that no class knows is reported
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({**weights, "other.weight": torch.ones(1)}, tmp_path / "model.safetensors", {"format": "pt"})
+    _, info = InsNextModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["unexpected_keys"]) == {"other.weight"}
+    assert len(silence) == 1 and "other.weight" in silence[0]
+    silence.clear()
+
+
+def test_batches_without_end_are_refused_before_any_work(writer):
+    with pytest.raises(ValueError, match="continuous batching .generate_batch. keeps keys in pages.* use generate"):
+        writer.model.generate_batch([[1, 5, 6], [1, 7]], max_new_tokens=3)
+
+
+def test_what_a_pipeline_lacks_is_named(writer):
+    with pytest.raises(ValueError, match="tokenizer.chat_template is not set"):
+        writer([{"role": "user", "content": "hello"}], max_new_tokens=3)
+    with pytest.raises(PipelineException, match="mask_token"):
+        pipeline("fill-mask", model=writer.model, tokenizer=writer.tokenizer)("the old")
