@@ -45,6 +45,7 @@ class Draft:
         encoded_together: int64 `[R]`, b of the EBR rule: entries covered by the last encoding of the text.
         encoded_tokens: int64 `[R]`, tokens that went through the network so far.
         reencoded_at: for each row the steps after which EBR struck.
+        reencoded_tokens: for each row how many tokens it encoded anew each time.
         state: `[R, D]`, hidden state of each row's last entry.
         origins: int64 `[R]`, row of the canvas that each row grew from.
         margins: int64 `[R]`, padding that stood left of the given tokens.
@@ -77,7 +78,7 @@ class Draft:
         self.words_end = buffer(canvas.word_end_mask & present_RT, False, torch.bool)
         self.encoded_together = torch.zeros_like(self.lengths)
         self.encoded_tokens = torch.zeros_like(self.lengths)
-        self.reencoded_at = [[] for _ in range(R)]
+        self.reencoded_at, self.reencoded_tokens = [[] for _ in range(R)], [[] for _ in range(R)]
         self.origins = torch.arange(R, device=device)
         self.margins = torch.zeros_like(self.lengths)
         self.running = torch.ones_like(self.lengths, dtype=torch.bool)
@@ -183,8 +184,9 @@ class Draft:
                     (self.lengths[rows] - config.ebr_window).clamp_min(0), self.lengths[rows] - counts[rows]
                 )
             self.encode_block(rows, first)
-            for row in rows.tolist():
+            for row, count in zip(rows.tolist(), (self.lengths[rows] - first).tolist(), strict=True):
                 self.reencoded_at[row].append(self.step)
+                self.reencoded_tokens[row].append(count)
         self.step += 1
 
     def _append(self, counts: torch.Tensor) -> None:
@@ -259,7 +261,8 @@ class Draft:
         """Keep the given rows, in that order; a row may be named several times."""
         for name in PER_ROW:
             setattr(self, name, getattr(self, name)[rows])
-        self.reencoded_at = [list(self.reencoded_at[row]) for row in rows.tolist()]
+        for name in ("reencoded_at", "reencoded_tokens"):
+            setattr(self, name, [list(getattr(self, name)[row]) for row in rows.tolist()])
         self.budget.select_rows(rows)
         self.cache.select_rows(rows)
 
@@ -305,17 +308,20 @@ class Draft:
         """Return what logits processors see, `[R, T]`, padded on the left: the text right, then left of the slot.
 
         So the last token is the slot's left neighbour, every token of the text is there, and so is every n-gram but
-        one; the seam holds BOS, which is never written.
+        one; the seam holds BOS, which is never written. Nor is what stands in the padding, so that a processor which
+        counts tokens counts none of a wider neighbour.
 
         Args:
             slots: int64 `[R]`.
         """
+        never = self.model.config.never_inserted
+        pad = self.pad if self.pad in never or not never else never[0]
         width = int(self.lengths.max())
         lengths = self.lengths[:, None]
         present = torch.arange(width, device=self.ids.device) < lengths
         turn = self.ranks.gather(1, slots[:, None]) + 1
         place = torch.where(present, (self.ranks[:, :width] - turn) % lengths + width - lengths, width)
-        out = self.ids.new_full((len(self), width + 1), self.pad)
+        out = self.ids.new_full((len(self), width + 1), pad)
         return out.scatter(1, place, self.ids[:, :width])[:, :width]
 
     def last_slots(self) -> torch.Tensor:

@@ -22,6 +22,7 @@ class InsertionGenerateOutput(ModelOutput):
         encoded_tokens: Tokens that went through the network for each text, int64 `[B]`: given, written and re-encoded
             ones.
         reencoded_at: For each text the steps after which EBR encoded it anew.
+        reencoded_tokens: For each text how many tokens EBR encoded anew each time.
         sequences_scores: With beams, the length-penalised log-probability of each text, float `[B]`; `-inf` for a text
             that is there again because there are no more.
     """
@@ -30,6 +31,7 @@ class InsertionGenerateOutput(ModelOutput):
     insertion_steps: torch.LongTensor | None = None
     encoded_tokens: torch.LongTensor | None = None
     reencoded_at: list[list[int]] | None = None
+    reencoded_tokens: list[list[int]] | None = None
     sequences_scores: torch.FloatTensor | None = None
 
     def cut(self, stops: StopStringCriteria, given: torch.Tensor, pad: int) -> None:
@@ -89,6 +91,7 @@ def finished_row(draft: Draft, row: int) -> dict:
         "steps": draft.steps[row, :length][order],
         "encoded": int(draft.encoded_tokens[row]),
         "reencoded_at": list(draft.reencoded_at[row]),
+        "reencoded_tokens": list(draft.reencoded_tokens[row]),
     }
 
 
@@ -109,5 +112,6 @@ def collect(results: list[dict], pad: int, device) -> InsertionGenerateOutput:
         insertion_steps=steps,
         encoded_tokens=torch.tensor([result["encoded"] for result in results], device=device),
         reencoded_at=[result["reencoded_at"] for result in results],
+        reencoded_tokens=[result["reencoded_tokens"] for result in results],
         sequences_scores=torch.tensor(scores, device=device) if scores else None,
     )

@@ -96,6 +96,8 @@ def test_generate_counts_by_the_rule(prompt, options):
     total, _, struck = rule_by_hand(prompt, 50, ratio, options.get("ebr_window"))
     assert int(out.encoded_tokens) == total
     assert out.reencoded_at == [struck]
+    window = options.get("ebr_window") or 99
+    assert out.reencoded_tokens == [[min(prompt + step, window) for step in struck]]
     assert (ratio != 0) or struck == list(range(1, 51))
 
 

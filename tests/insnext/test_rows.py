@@ -166,3 +166,25 @@ def test_a_streamer_of_drafts_is_shown_all_rows_at_every_step(mode):
     out = run(mode, streamer=streamer, stopping_criteria=[Limits([2, 6])])
     assert {len(draft) for draft in streamer.drafts} == {2}
     assert streamer.drafts[-1] == out.sequences.tolist() == streamer.final
+
+
+@pytest.mark.parametrize("pad", [PAD, 6])
+def test_padding_counts_as_no_token_of_a_shorter_row(pad):
+    # 6 is a token like others, here in the padding of the shorter row
+    canvas = canvas_of([[(BOS, True)], [(BOS, True), (5, True), (9, True), (4, True), (7, True)]])
+    options = dict(pad_token_id=pad, repetition_penalty=9.0, max_new_tokens=6, min_new_tokens=6)
+    both = MODEL.generate(**canvas, **options)[0, :7].tolist()
+    assert both == MODEL.generate(torch.tensor([[BOS]]), **options)[0].tolist()
+    # control: what the penalty counts changes the text
+    assert both != MODEL.generate(torch.tensor([[BOS]]), **{**options, "repetition_penalty": 1.0})[0].tolist()
+
+
+@pytest.mark.parametrize("mode", [{"do_sample": True, "seed": 1}, {"num_beams": 3}])
+def test_allowed_tokens_are_asked_for_by_the_row_of_the_canvas_however_many_texts_it_gives(mode):
+    canvas = canvas_of([[(BOS, True)], [(BOS, True)]])
+    out = MODEL.generate(
+        **canvas, **mode, num_return_sequences=3, max_new_tokens=3, min_new_tokens=2,
+        prefix_allowed_tokens_fn=lambda row, ids: [[6, 7], [8, 9]][row],
+    )  # fmt: skip
+    for row, texts in enumerate(out.split(3)):
+        assert set(texts.flatten().tolist()) <= {PAD, BOS, *[(6, 7), (8, 9)][row]}
