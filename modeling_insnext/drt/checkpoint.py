@@ -1,5 +1,7 @@
 """What loading checks beyond Transformers: whether the tensors are those of the model, and whose code runs."""
 
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.utils import logging
 
 from .configuration_drt import CODE_VERSION
@@ -46,8 +48,17 @@ def _check_names(info: dict) -> None:
 
 def _check_finite(model) -> None:
     for name, weight in (*model.named_parameters(), *model.named_buffers()):
-        if weight.device.type != "meta" and weight.is_floating_point() and not weight.isfinite().all():
-            raise ValueError(f"weights must be finite, got {int((~weight.isfinite()).sum())} that are not in {name}")
+        for part in _plain_tensors(weight.detach()):
+            if part.device.type != "meta" and part.is_floating_point() and not part.isfinite().all():
+                raise ValueError(f"weights must be finite, got {int((~part.isfinite()).sum())} that are not in {name}")
+
+
+def _plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensor, or what one made of others (quantised, sharded) consists of: it may not know `isfinite`."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [plain for part in parts for plain in _plain_tensors(part)]
 
 
 __all__ = ["CheckedLoadingMixin"]

@@ -71,6 +71,13 @@ class InsNextPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
     # encoder and heads are taken from language models as well
     _keys_to_ignore_on_load_unexpected = [r"^slot_head\.", r"^lm_head\."]
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go: to the embeddings or, where accelerate keeps those elsewhere, to where they are used."""
+        hook = getattr(self.get_input_embeddings(), "_hf_hook", None)
+        execution_device = getattr(hook, "execution_device", None)
+        return super().device if execution_device is None else torch.device(execution_device)
+
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, configuration and code: a folder for every Auto class with `trust_remote_code=True`."""
         self.config.auto_map = {"AutoConfig": "configuration_insnext.InsNextConfig", **AUTO_MAP}

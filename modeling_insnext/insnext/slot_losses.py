@@ -102,7 +102,7 @@ def _streamed_loss(head, query_BND, keys_BSD, table, start_BN, target_BN, target
     return slot_cross_entropy(
         query_BND,
         keys_BSD,
-        head.stop_key.to(query_BND.dtype),
+        head().stop_key.to(query_BND.dtype),
         table.born_BS,
         dies_BS,
         target_BN,

@@ -179,6 +179,13 @@ class RMSClip(nn.RMSNorm):
         return (wide / rms.clamp_min(1)).to(x.dtype) * self.weight
 
 
+class LearnedVectors(NamedTuple):
+    """The vectors `[D]` of the right edge of a text, and the key of STOP."""
+
+    edge: torch.Tensor
+    stop_key: torch.Tensor
+
+
 class InsNextSlotHead(nn.Module):
     """Scores of the slots, and the vector from which the token in a slot is read off with the tied embedding."""
 
@@ -198,13 +205,21 @@ class InsNextSlotHead(nn.Module):
         self.cap = config.position_logit_cap
         self.scaling = D**-0.5
 
+    def forward(self) -> LearnedVectors:
+        """Return what the head has learned beside its projections.
+
+        A module's own weights are there while it is called and at no other time, where they are offloaded.
+        """
+        return LearnedVectors(self.edge, self.stop_key)
+
     def sides(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return W_l h and W_r h, the parts a token gives to the slot right and the slot left of it."""
         return self.left_proj(hidden), self.right_proj(hidden)
 
     def edge_side(self) -> torch.Tensor:
         """Return W_r e, `[D]`, the part that the right edge of the text gives to its slot."""
-        return self.right_proj(self.edge)
+        # quantised layers take rows, no single vector
+        return self.right_proj(self().edge[None])[0]
 
     def sequence_sides(self, hidden_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sides of a sequence; the right one has a last row N more, the edge of the text."""
@@ -222,7 +237,7 @@ class InsNextSlotHead(nn.Module):
 
     def stop_logit(self, query: torch.Tensor) -> torch.Tensor:
         """Return the capped logit of STOP, `[..., Q]`."""
-        return self.position_logits(query, self.stop_key[None]).squeeze(-1)
+        return self.position_logits(query, self().stop_key[None]).squeeze(-1)
 
     def choice_logits(self, query: torch.Tensor, slot_keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """Return the logits of the slots and, last, of STOP, `[..., Q, S + 1]`; `-inf` where a slot is not allowed."""
