@@ -58,10 +58,10 @@ class Bans:
         if not self.acts:
             return canvas
         canvas.validate()
-        minima_BG = canvas.min_gap_tokens.clone()
+        minima_BG, maxima_BG = canvas.min_gap_tokens.clone(), canvas.max_gap_tokens.tolist()
         for row, length in enumerate(canvas.lengths.tolist()):
             text, gap_after = canvas.input_ids[row, :length].tolist(), canvas.gap_ids[row, :length].tolist()
-            open_after = [gap if gap >= 0 and canvas.max_gap_tokens[row, gap] != 0 else -1 for gap in gap_after]
+            open_after = [gap if gap >= 0 and maxima_BG[row][gap] != 0 else -1 for gap in gap_after]
             spans = [*self._banned_spans(text, open_after, row), *self._repeated_spans(text, open_after)]
             for first, last in sorted(spans, key=lambda span: span[1]):
                 gaps = [gap for gap in open_after[first:last] if gap >= 0]

@@ -133,8 +133,8 @@ class Draft:
 
     def texts_as_lists(self, rows: torch.Tensor) -> list[list[int]]:
         """Return the tokens of some texts, left to right, without padding."""
-        place = zip(self.texts()[rows], self.margins[rows].tolist(), self.lengths[rows].tolist(), strict=True)
-        return [text[margin : margin + length].tolist() for text, margin, length in place]
+        columns = (self.texts()[rows], self.margins[rows], self.margins[rows] + self.lengths[rows])
+        return [text[first:end] for text, first, end in zip(*(column.tolist() for column in columns), strict=True)]
 
     def write(self, slots: torch.Tensor, tokens: torch.Tensor, acts: torch.Tensor) -> None:
         """Write a token into a slot of each row that acts; it is not encoded yet.

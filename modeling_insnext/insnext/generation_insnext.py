@@ -27,7 +27,7 @@ from .generation_configuration import (
 )
 from .output import InsertionGenerateOutput, stop_strings
 from .prompt_learning import virtual_tokens
-from .step import TokenRules
+from .step import TokenRules, check_stock
 from .write_beam import write_beams
 from .write_sample import write_sample
 
@@ -203,6 +203,7 @@ class InsertionGenerationMixin(GenerationMixin):
         canvas = bans.with_minima(self._given_canvas(inputs, fields))
         budget = Budget.resolve(canvas, config, self.config)
         _check_texts(streamer, canvas, config)
+        check_stock([*(logits_processor or []), *(stopping_criteria or [])])
         stops = stop_strings(config, tokenizer, canvas)
         processors = self._token_processors(config, logits_processor, canvas)
         rules = TokenRules(canvas.continuation_mask, processors, bans, prefix_allowed_tokens_fn)
@@ -290,10 +291,10 @@ def _check_texts(streamer, canvas: Canvas, config) -> None:
     """Check what depends on the number of texts."""
     texts = canvas.rows * config.num_return_sequences
     if streamer is not None:
-        if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
-            raise TypeError(f"a streamer has the methods put and end, got {type(streamer).__name__}")
         if config.num_beams > 1:
             raise ValueError(f"a streamer shows one text as it grows, num_beams={config.num_beams} grow at once")
+        if not all(callable(getattr(streamer, name, None)) for name in ("put", "end")):
+            raise TypeError(f"a streamer has the methods put and end, got {type(streamer).__name__}")
         if isinstance(streamer, TextStreamer) and texts > 1:
             raise ValueError(f"a TextStreamer shows one text, got {texts}")
     if isinstance(config.seed, (list, tuple)) and len(config.seed) != texts:

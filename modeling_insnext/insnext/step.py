@@ -8,14 +8,48 @@
 Shape suffixes: R rows, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessorList, generation
 
 from .bans import Bans
 from .draft import Draft
+
+
+# what reads the end of a text only -> what to use where a text grows in any place
+USE_INSTEAD = {
+    generation.NoBadWordsLogitsProcessor: "bad_words_ids",
+    generation.SequenceBiasLogitsProcessor: "sequence_bias",
+    generation.NoRepeatNGramLogitsProcessor: "no_repeat_ngram_size",
+    generation.MinLengthLogitsProcessor: "min_new_tokens",
+    generation.MinNewTokensLengthLogitsProcessor: "min_new_tokens",
+    generation.PrefixConstrainedLogitsProcessor: "prefix_allowed_tokens_fn",
+    generation.ForcedBOSTokenLogitsProcessor: "a canvas with the token as given text",
+    generation.ForcedEOSTokenLogitsProcessor: "a canvas with the token as given text",
+    generation.SuppressTokensAtBeginLogitsProcessor: "suppress_tokens",
+    generation.ExponentialDecayLengthPenalty: "max_new_tokens",
+    generation.EncoderNoRepeatNGramLogitsProcessor: "no_repeat_ngram_size",
+    generation.WatermarkLogitsProcessor: "left_to_right=True",
+    generation.SynthIDTextWatermarkLogitsProcessor: "left_to_right=True",
+    generation.StopStringCriteria: "stop_strings",
+    generation.EosTokenCriteria: "max_new_tokens or bounds of the gaps",
+}
+
+
+def check_stock(objects: Iterable) -> None:
+    """Refuse processors and criteria of Transformers that read the end of a text only.
+
+    Raises:
+        ValueError: If there is one; the message says what to use.
+    """
+    for each in objects:
+        if type(each) in USE_INSTEAD:
+            raise ValueError(
+                f"{type(each).__name__} reads the end of a text, and text is inserted in any place: use "
+                f"{USE_INSTEAD[type(each)]}"
+            )
 
 
 class TokenRules(NamedTuple):

@@ -47,6 +47,10 @@ class Finished:
     size: int
     texts: dict = field(default_factory=dict)
 
+    def wants(self, score: float) -> bool:
+        """Whether a text of this score would be among the best."""
+        return len(self.texts) < self.size or score > min(known for known, _ in self.texts.values())
+
     def add(self, text: tuple, score: float, result: dict) -> None:
         """Take in a finished text and, if there are too many, drop the worst."""
         if text not in self.texts or self.texts[text][0] < score:
@@ -122,9 +126,10 @@ def _summed(texts: list[tuple], log_p: list[float]) -> dict[tuple, tuple[int, fl
 
 def _end(draft: Draft, ended: dict[tuple, tuple[int, float]], finished: list[Finished], config) -> None:
     """Take in texts with a row each and their log-probabilities; those of `-inf` did not end."""
+    written = draft.budget.written.sum(1).tolist()
     for text, (row, log_p) in ended.items():
-        if log_p > -math.inf:
-            score = log_p / _norm(int(draft.budget.written[row].sum()), config)
+        score = log_p / _norm(written[row], config)
+        if log_p > -math.inf and finished[text[0]].wants(score):
             finished[text[0]].add(text, score, finished_row(draft, row))
 
 
@@ -148,10 +153,11 @@ def _pools(draft: Draft, bounds, texts, beams: int, rules: TokenRules) -> list[d
             break
         scores = token_scores(draft, order[:, turn], acts, rules).log_softmax(1) + bounds[:, turn, None]
         top = scores.topk(min(2 * beams, scores.shape[1]), dim=1)
+        values, tokens, slots = top.values.tolist(), top.indices.tolist(), order[:, turn].tolist()
         for row in acts.nonzero().squeeze(1).tolist():
-            slot, text = int(order[row, turn]), texts[row]
+            slot, text = slots[row], texts[row]
             cut = ranks[row][slot] + 2
-            for value, token in zip(top.values[row].tolist(), top.indices[row].tolist(), strict=True):
+            for value, token in zip(values[row], tokens[row], strict=True):
                 if value > -math.inf:
                     grown = (*text[:cut], token, *text[cut:])
                     pools[row // beams][grown].append(Candidate(value, row, slot, token))

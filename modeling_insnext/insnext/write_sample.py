@@ -48,17 +48,17 @@ class RowSampler:
         self.do_sample = do_sample
         self.generators = None
         if seed is not None and do_sample:
-            seeds = [row_seed(seed, row) for row in range(rows)] if isinstance(seed, int) else seed
-            self.generators = [torch.Generator(device).manual_seed(s) for s in seeds]
+            seeds = seed if isinstance(seed, (list, tuple)) else [row_seed(seed, row) for row in range(rows)]
+            self.generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
 
-    def noise(self, scores: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    def noise(self, scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return Gumbel noise `[R, S]` of which row r draws its first `lengths[r]`, or zeros without sampling."""
         if not self.do_sample:
             return torch.zeros_like(scores)
         if self.generators is None:
             return -torch.empty_like(scores).exponential_().log()
         noise = torch.zeros_like(scores)
-        for row, length in enumerate(lengths):
+        for row, length in enumerate(lengths.tolist()):
             noise[row, :length].exponential_(generator=self.generators[row]).log_().neg_()
         return noise
 
@@ -79,7 +79,7 @@ def choose_slots(draft: Draft, sampler: RowSampler, config) -> tuple[torch.Tenso
             scores = TopPLogitsWarper(config.slot_top_p)(None, scores)
     # STOP draws first: its place in the row must not depend on how wide the batch is
     scores = scores.roll(1, 1)
-    scores = scores + sampler.noise(scores, (draft.lengths + 1).tolist())
+    scores = scores + sampler.noise(scores, draft.lengths + 1)
     ranked = scores.topk(min(config.parallel_slots, scores.shape[1]), dim=1)
     slots = ranked.indices - 1
     takes = (ranked.values.isfinite() & (slots >= 0)).long().cumprod(1).bool()
@@ -102,8 +102,7 @@ def write_tokens(draft, sampler, slots, takes, rules: TokenRules) -> tuple[torch
         first_scores = scores if first_scores is None else first_scores
         if bool(acts.any()):
             # only rows that fill a slot draw for it, so that no row's draws depend on its neighbours
-            lengths = [scores.shape[1] if act else 0 for act in acts.tolist()]
-            best = (scores + sampler.noise(scores, lengths)).max(1)
+            best = (scores + sampler.noise(scores, acts * scores.shape[1])).max(1)
             barred = acts & best.values.isneginf()
             if bool(barred.any()):
                 raise nothing_to_write(int(draft.origins[barred.nonzero()[0, 0]]))

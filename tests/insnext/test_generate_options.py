@@ -3,13 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from transformers import CompileConfig, GenerationConfig, LogitsProcessor, TextStreamer
+from transformers import CompileConfig, GenerationConfig, LogitsProcessor, TextStreamer, generation
 
-from modeling_insnext import InsNextForInsertionLM
 from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
 from tests.support.generation_twins import canvas_of, writing_model
-from tests.support.insnext import BOS, PAD
-from tests.support.insnext import tiny_model as hub_model
+from tests.support.insnext import BOS, PAD, tiny_model
 from tests.support.tokenizers import tiny_tokenizer
 
 
@@ -126,6 +124,27 @@ def test_options_in_a_dictionary_are_no_generation_config(left_to_right):
     MODEL.generate(PROMPT, generation_config=GenerationConfig(max_new_tokens=1), left_to_right=left_to_right)
 
 
+STOCK = [
+    (generation.NoBadWordsLogitsProcessor([[5, 6]]), "use bad_words_ids"),
+    (generation.NoRepeatNGramLogitsProcessor(2), "use no_repeat_ngram_size"),
+    (generation.MinNewTokensLengthLogitsProcessor(4, 2, 2), "use min_new_tokens"),
+    (generation.ForcedEOSTokenLogitsProcessor(9, 2), "use a canvas"),
+]
+
+
+@pytest.mark.parametrize(("processor", "message"), STOCK)
+def test_a_stock_processor_that_reads_the_end_of_a_text_is_refused(processor, message):
+    with pytest.raises(ValueError, match=f"{type(processor).__name__} reads the end of a text, .*: {message}"):
+        MODEL.generate(PROMPT, logits_processor=[processor])
+    MODEL.generate(PROMPT, logits_processor=[processor], left_to_right=True, max_new_tokens=1)
+    MODEL.generate(PROMPT, logits_processor=[generation.TemperatureLogitsWarper(2.0)], max_new_tokens=1)
+
+
+def test_a_stock_criterion_that_reads_the_end_of_a_text_is_refused():
+    refused("EosTokenCriteria reads the end", stopping_criteria=[generation.EosTokenCriteria(2)])
+    MODEL.generate(PROMPT, stopping_criteria=[generation.MaxTimeCriteria(9.0)], max_new_tokens=1)
+
+
 @pytest.mark.parametrize("streamer", [object(), print, type("Half", (), {"put": print})()])
 def test_what_is_no_streamer_is_found_before_any_work(streamer):
     refused("a streamer has the methods put and end", TypeError, streamer=streamer)
@@ -154,8 +173,8 @@ def test_a_list_of_seeds_has_one_for_every_text():
 class TestStopStrings:
     """A finished text that grew to the right of its prompt is cut behind the first stop string."""
 
-    model = hub_model(InsNextForInsertionLM)
     tokenizer = tiny_tokenizer()
+    model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=64)
 
     def generate(self, texts=("the old man", "a"), **options):
         ids = self.tokenizer(list(texts), return_tensors="pt", padding=True, padding_side="left")
