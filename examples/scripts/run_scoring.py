@@ -65,6 +65,7 @@ class ScoringArguments(ChoiceArguments):
     num_orders: int | None = field(default=None, metadata={"help": "InsNeXt: orders of the bound; by default none."})
     score_end: bool = field(default=False, metadata={"help": "Whether ending there is part of the event."})
     seed: int = field(default=0, metadata={"help": "Draws the orders."})
+    adapter_name_or_path: str | None = field(default=None, metadata={"help": "An adapter to merge into the model."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave the GPU alone."})
 
     def __post_init__(self):
@@ -106,6 +107,13 @@ def check(args: ScoringArguments, tokenizer, config) -> None:
     args.stride = args.max_length // 2 if args.stride is None else args.stride
     if not 1 <= args.stride < args.max_length:
         raise ValueError(f"stride must be in 1..{args.max_length - 1}, got {args.stride}")
+
+
+def merged(model, adapter: str):
+    """Return the model with the weights of a saved adapter in its own."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
 def load_rows(args: ScoringArguments, cache_dir: str | None):
@@ -204,7 +212,18 @@ def by_orders(model, items: list[Item], args: ScoringArguments) -> list[dict]:
 def file_stamps(model_args: ModelArguments, args: ScoringArguments, config) -> dict:
     """Return size and time of change of every file that scores depend on, and the commit of what is on the Hub."""
     folders = (model_args.model_name_or_path, model_args.config_name, model_args.tokenizer_name)
-    patterns = ("*.safetensors", "*.bin", "config.json", "token*", "vocab*", "merges.txt", "*.model", "*.py")
+    folders += (args.adapter_name_or_path,)
+    patterns = (
+        "*.safetensors",
+        "*.bin",
+        "config.json",
+        "adapter_config.json",
+        "token*",
+        "vocab*",
+        "merges.txt",
+        "*.model",
+        "*.py",
+    )
     paths = {path for folder in folders if folder for pattern in patterns for path in Path(folder).glob(pattern)}
     paths |= {Path(args.data_file)} if args.data_file else set()
     stamps = {str(path): [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(paths)}
@@ -300,7 +319,10 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     path = folder / "scores.jsonl"
     command = {**asdict(model_args), **asdict(scoring), **file_stamps(model_args, scoring, config)}
     first = resume(path, command, batches)
-    model = load_model(AutoModelForCausalLM, model_args, config).to(state.device).eval()
+    model = load_model(AutoModelForCausalLM, model_args, config)
+    if scoring.adapter_name_or_path is not None:
+        model = merged(model, scoring.adapter_name_or_path)
+    model = model.to(state.device).eval()
     score(scoring, model, batches, path, first, tokenizer.pad_token_id)
     scores = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
     report = finite(perplexity_report(scores) if scoring.task == "perplexity" else choice_report(scores))

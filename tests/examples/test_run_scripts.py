@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModel
+from peft import AutoPeftModel, PeftModel
 from transformers import AutoModelForMultipleChoice, AutoTokenizer
 
 from modeling_insnext import DrtForCausalLM, InsNextForInsertionLM
@@ -139,6 +139,7 @@ def check_results(case: str, output_dir: Path, metrics: dict) -> None:
     assert (output_dir / "adapter_model.safetensors").exists() == ("--adapter" in options)
     if case == "adapted":
         check_adaptation(output_dir)
+        check_scored_adapter(output_dir)
     if case == "choice-lora":
         model = AutoPeftModel.from_pretrained(output_dir, import_allowlist=["modeling_insnext"])
         assert type(model.get_base_model()) is type(AutoModelForMultipleChoice.from_pretrained(output_dir))
@@ -162,6 +163,25 @@ def check_adaptation(output_dir: Path) -> None:
     # the adapter begins as nothing: a cosine of 1, but for its rounding
     assert abs(distances[0]) < 4 * torch.finfo(torch.float32).eps < distances[-1]
     assert (output_dir / "loss.png").stat().st_size > 5_000
+
+
+def check_scored_adapter(output_dir: Path) -> None:
+    """The script scores under an adapter what the adapted model scores."""
+    base = json.loads((output_dir / "adapter_config.json").read_text())["base_model_name_or_path"]
+    data, folder = Path(base).parent / "validation.jsonl", output_dir / "scores"
+    args = ["--model_name_or_path", base, "--data_file", str(data), "--output_dir", str(folder), "--use_cpu"]
+    plain = run("run_scoring", args, output_dir / "log")
+    args = [*args, "--adapter_name_or_path", str(output_dir), "--output_dir", str(folder) + "2"]
+    report = run("run_scoring", args, output_dir / "log")
+    model = PeftModel.from_pretrained(InsNextForInsertionLM.from_pretrained(base), output_dir).eval()
+    tokenizer, nats = AutoTokenizer.from_pretrained(base), 0.0
+    for line in data.read_text().splitlines():
+        ids = tokenizer(json.loads(line)["text"], return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            log_p = model(input_ids=ids).logits[0, :-1]
+        nats -= float(log_p.gather(1, ids[0, 1:, None]).sum())
+    assert report["nats_per_token"] == pytest.approx(nats / report["tokens"], rel=1e-5)
+    assert abs(plain["nats_per_token"] - report["nats_per_token"]) > 1e-2
 
 
 def test_control_another_seed_or_weights_without_the_optimizer_end_elsewhere(home, tmp_path):

@@ -60,8 +60,9 @@ def test_tokens_that_read_left_to_right_are_those_of_the_definition(options):
     assert 0.1 < share < 0.9
 
 
-def test_these_tokens_have_the_states_of_the_causal_model_and_the_others_do_not():
-    model = shipped_model(InsNextForInsertionLM).double().eval()
+@pytest.mark.parametrize("encoding", ["alibi", "rotary"])
+def test_these_tokens_have_the_states_of_the_causal_model_and_the_others_do_not(encoding):
+    model = shipped_model(InsNextForInsertionLM, position_encoding=encoding).double().eval()
     batch = collator(left_to_right_share=(0.5, 0.5))(texts())
     with torch.no_grad():
         fields = {name: batch[name] for name in ("input_ids", "positions", "start", "horizon")}
