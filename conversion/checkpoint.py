@@ -17,11 +17,13 @@ from transformers import (
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 import modeling_insnext
 
 from .folders import appearing, read_fields, refusing, save_tokenizer
+from .gguf import is_gguf, read_gguf_config, read_gguf_tensors, read_gguf_tokenizer
 
 
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -43,12 +45,15 @@ def read_tensors(source: str | os.PathLike) -> dict[str, torch.Tensor]:
     """Return all tensors of a checkpoint by name, on the CPU.
 
     Args:
-        source: A folder as `save_pretrained` writes it (one file, or shards with an index), or one file of tensors.
+        source: A folder as `save_pretrained` writes it (one file, or shards with an index), one file of tensors, or a
+            GGUF file.
 
     Raises:
         ValueError: If there are no weights, the index and its shards differ, or a file is no file of tensors.
     """
     source = Path(source)
+    if is_gguf(source):
+        return read_gguf_tensors(source)
     if source.is_file():
         return _read_file(source)
     for index in (source / name for name in INDEX_FILES):
@@ -183,15 +188,26 @@ def expected_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 
 
 def read_config(folder: str | os.PathLike) -> PreTrainedConfig:
-    """Return a folder's configuration, by a class of this package or of Transformers.
+    """Return the configuration of a folder or a GGUF file, by a class of this package or of Transformers.
 
     Raises:
         ValueError: If there is none, no class for it, or one that its class refuses.
     """
+    if is_gguf(folder):
+        return read_gguf_config(folder)
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} must be a folder with a config.json, got none")
     with refusing(f"{folder}/config.json must be a configuration of Transformers"):
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def read_tokenizer(source: str | os.PathLike) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer of a folder or a GGUF file, `None` if a folder has none."""
+    if is_gguf(source):
+        return read_gguf_tokenizer(source)
+    if not any((Path(source) / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
 
 
 def read_generation_config(folder: str | os.PathLike) -> GenerationConfig | None:
@@ -224,7 +240,7 @@ def write_checkpoint(
     folder: str | os.PathLike,
     config: PreTrainedConfig,
     tensors: Mapping[str, torch.Tensor],
-    copy_from: str | os.PathLike | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     generation_config: GenerationConfig | None = None,
 ) -> None:
     """Write a folder that `from_pretrained` loads, whole or not at all.
@@ -233,7 +249,7 @@ def write_checkpoint(
         folder: New folder.
         config: Configuration of the model.
         tensors: Every tensor of it, under the names of :func:`expected_shapes`.
-        copy_from: Folder whose tokenizer is taken along, if it has one.
+        tokenizer: Saved beside it.
         generation_config: Options of generation in the place of those that follow from the configuration.
 
     Raises:
@@ -246,7 +262,6 @@ def write_checkpoint(
     model.generation_config = generation_config or model.generation_config
     with appearing(folder) as made:
         model.save_pretrained(made)
-        if copy_from is not None and any((Path(copy_from) / name).is_file() for name in TOKENIZER_FILES):
-            options = {"local_files_only": True, "trust_remote_code": False}
-            save_tokenizer(AutoTokenizer.from_pretrained(copy_from, **options), made)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, made)
         check_folder(made)

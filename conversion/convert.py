@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Callable
 from fnmatch import fnmatchcase
+from itertools import product
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,21 +20,29 @@ from .checkpoint import (
     read_config,
     read_generation_config,
     read_tensors,
+    read_tokenizer,
     skeleton,
     write_checkpoint,
 )
 from .folders import new_folder, refusing
+from .structure import framed, structure_ids
 from .tables import Table, apply_back, apply_table, origins, sources_of, unique
 
 
 CONFIGS = {"insnext": InsNextConfig, "drt": DrtConfig}
 
-# tensors that no source has, as patterns: drawn as in a new model, but that cross-attention adds nothing at first
+# tensors that no source has, as patterns: drawn as in a new model
 NEW = {
     "insnext": ("slot_head.*",),
     "drt": ("model.layers.*.cross_attn.*", "model.encoder.*", "model.query_norms.*"),
 }
-SILENT = "model.layers.*.cross_attn.o_proj.weight"
+# but for these: cross-attention adds nothing at first, and a slot is its left neighbour
+BEGINS = {
+    "model.layers.*.cross_attn.o_proj.weight": torch.zeros_like,
+    "slot_head.left_proj.weight": lambda weight: torch.eye(len(weight), dtype=weight.dtype),
+    "slot_head.right_proj.weight": torch.zeros_like,
+    "slot_head.state_proj.weight": torch.zeros_like,
+}
 
 # what makes a decoder one family's or another's
 FORM = (
@@ -73,12 +82,14 @@ class Family(NamedTuple):
         table: Names of tensors; what has no place in a target is listed in `without`.
         fields: Maps a source's configuration and the target to the fields of ours; refuses what ours cannot express.
         without: By target, source patterns with a rule that are left out there, and why is said beside it.
+        moved: By target, source patterns whose tensors have another place there than `table` says.
         new: Maps configuration and target to patterns of the tensors that are new.
         rename: Maps a source's name of a tensor and its configuration to the name in the table.
         prepare: Maps tensors under the names of the table and the configuration to those that the rules are for.
         read: Reads the configuration from the folder.
         weights: Maps the folder to what :func:`checkpoint.read_tensors` reads.
         backward: Maps our configuration and a model type to the source's configuration; `None`: no way back.
+        returns: Targets that are the same function, and so have a way back.
     """
 
     name: str
@@ -87,16 +98,18 @@ class Family(NamedTuple):
     table: Table
     fields: Callable[[PreTrainedConfig, str], dict]
     without: dict[str, tuple[str, ...]] = {}
+    moved: dict[str, dict[str, str]] = {}
     new: Callable[[PreTrainedConfig, str], tuple[str, ...]] = lambda config, target: NEW[target]
     rename: Callable[[str, PreTrainedConfig], str] = lambda name, config: name
     prepare: Callable[[dict, PreTrainedConfig], dict] = lambda tensors, config: tensors
     read: Callable[[str], PreTrainedConfig] = read_config
     weights: Callable[[str], str] = str
-    backward: Callable[[DrtConfig, str], PreTrainedConfig] | None = None
+    backward: Callable[[PreTrainedConfig, str], PreTrainedConfig] | None = None
+    returns: tuple[str, ...] = ("drt",)
 
     def table_for(self, target: str) -> Table:
-        left_out = self.without.get(target, ())
-        return {name: None if name in left_out else entry for name, entry in self.table.items()}
+        left_out = dict.fromkeys(self.without.get(target, ()))
+        return {**self.table, **left_out, **self.moved.get(target, {})}
 
 
 class Converted(NamedTuple):
@@ -132,7 +145,10 @@ def new_tensors(config: PreTrainedConfig, names: list[str], seed: int, dtype: to
                     f"{owner}.{name}".lstrip("."): tensor for name, tensor in module.named_parameters(recurse=False)
                 }
     made = {name: made[name].detach().to(dtype) for name in names}
-    return {name: torch.zeros_like(x) if fnmatchcase(name, SILENT) else x for name, x in made.items()}
+    for name, pattern in product(names, BEGINS):
+        if fnmatchcase(name, pattern):
+            made[name] = BEGINS[pattern](made[name])
+    return made
 
 
 def check_ids(holder, vocab_size: int, place: str = "the configuration") -> None:
@@ -224,33 +240,53 @@ def _check_sources(origin: dict[str, str], made: dict[str, torch.Tensor], shapes
             )
 
 
-def convert_back(family: Family, tensors: dict[str, torch.Tensor], config: DrtConfig, model_type: str) -> Converted:
-    """Return the source's model with the weights of a DRT; its `new` lists what is left out, all of it retrieval.
+def convert_back(
+    family: Family, tensors: dict[str, torch.Tensor], config: PreTrainedConfig, model_type: str
+) -> Converted:
+    """Return the source's model with the weights of one of ours; its `new` lists what is left out.
+
+    That is retrieval, or where an insertion model writes and stops.
 
     Raises:
-        ValueError: If the family has no model of this shape, or a tensor has no way back.
+        ValueError: If the family has no model of this shape, a tensor has no way back, or slots of an insertion model
+            are no longer their left neighbours.
     """
-    if family.backward is None or config.model_type != "drt":
-        raise ValueError(f"only DRT goes back to {family.name}, got model_type={config.model_type!r}")
+    ours = config.model_type
+    if family.backward is None or ours not in family.returns:
+        raise ValueError(f"only {' or '.join(family.returns)} goes back to {family.name}, got model_type={ours!r}")
     with refusing(f"the configuration must be one of {family.name}"):
         source_config = family.backward(config, model_type)
-        plain = {"num_lower_layers": config.num_hidden_layers, "retrieval_groups": []}
-        twin = DrtConfig(**{**family.fields(source_config, "drt"), **plain})
+        plain = {"num_lower_layers": config.num_hidden_layers, "retrieval_groups": []} if ours == "drt" else {}
+        twin = CONFIGS[ours](**{**family.fields(source_config, ours), **plain})
     for name in FORM:
-        ours, theirs = getattr(config, name), getattr(twin, name)
-        if ours != theirs:
-            raise ValueError(f"a {model_type} of this shape has {name}={theirs!r}, got a DRT with {ours!r}")
-    if config.sliding_window is not None and config.sliding_window < twin.sliding_window:
+        is_, must = getattr(config, name, None), getattr(twin, name, None)
+        if is_ != must:
+            raise ValueError(f"a {model_type} of this shape has {name}={must!r}, got a {ours} with {is_!r}")
+    if ours == "drt" and config.sliding_window is not None and config.sliding_window < twin.sliding_window:
         raise ValueError(
-            f"a {model_type} of this shape sees {twin.sliding_window} tokens, got a DRT with "
+            f"a {model_type} of this shape sees {twin.sliding_window} tokens, got a drt with "
             f"sliding_window={config.sliding_window}"
         )
-    dropped = [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in NEW["drt"])]
+    patterns = family.new(source_config, ours)
+    dropped = [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)]
     kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     check_values(kept)
-    source = apply_back(family.table, kept)
+    if ours == "insnext":
+        _check_slots(tensors)
+    source = apply_back(family.table_for(ours), kept)
     source_config.dtype = kept[EMBEDDING].dtype
     return Converted(source_config, source, dropped)
+
+
+def _check_slots(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise a `ValueError` unless the token in a slot is read off its left neighbour alone, as in the source."""
+    for pattern, begin in {**BEGINS, "model.norm.weight": torch.ones_like}.items():
+        weight = tensors.get(pattern)
+        if weight is not None and not torch.equal(weight, begin(weight)):
+            raise ValueError(
+                f"only an insertion model whose slots are their left neighbours goes back, got {pattern} that was "
+                "trained: it has no place in the source"
+            )
 
 
 def with_prefix(source: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]], prefix: str) -> dict:
@@ -282,10 +318,27 @@ def convert_folder(family: Family, source: str, destination: str, target: str, *
     else:
         check_family(family, config, source)
         converted = convert_tensors(family, read_tensors(family.weights(source)), config, target, **options)
-    # writing by insertion has other options
-    generation = None if target == "insnext" else carried_generation(source, converted.config, options)
-    write_checkpoint(destination, converted.config, converted.tensors, source, generation)
+    tokenizer = read_tokenizer(source)
+    if target == "insnext":
+        # writing by insertion has other options
+        generation = None
+        if tokenizer is not None:
+            converted, tokenizer = with_structure(converted, tokenizer, options)
+    else:
+        generation = carried_generation(source, converted.config, options)
+    write_checkpoint(destination, converted.config, converted.tensors, tokenizer, generation)
     return converted
+
+
+def with_structure(converted: Converted, tokenizer, given: dict):
+    """Return an insertion model and its tokenizer with the tokens that frame its texts; see structure."""
+    config = converted.config
+    own = {name: getattr(config, name) for name in TOKEN_OPTIONS}
+    ids = structure_ids(tokenizer, own, given)
+    for name, index in ids.items():
+        setattr(config, name, index)
+    check_ids(config, config.vocab_size)
+    return converted, framed(tokenizer, ids)
 
 
 def carried_generation(source: str, config: PreTrainedConfig, options: dict) -> GenerationConfig | None:

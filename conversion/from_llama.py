@@ -1,23 +1,24 @@
 """Llama, Qwen2, Qwen3, Mistral and SmolLM (whose checkpoints are Llamas) into DRT or InsNeXt, and DRT back.
 
     python -m conversion.from_llama SRC DST --to drt|insnext
-    python -m conversion.from_llama DRT DST --to llama|qwen2|qwen3|mistral
+    python -m conversion.from_llama OURS DST --to llama|qwen2|qwen3|mistral
 
 DRT: the same function. Rotary positions (any scaling whose frequencies are fixed), biases, norms of queries and keys
 and Mistral's window are taken over; what retrieves is new and at first adds nothing, since the output projection of
 its cross-attention is zero. Where the source has no window, the DRT's is the source's `max_position_embeddings`;
 `--sliding_window` makes it shorter, and then the function is the same up to there.
 
-InsNeXt: the same layers, not the same function. Embeddings, projections, norms and feed-forward are taken over; rotary
-positions give way to the offsets of insertion, the slot head is new. With both position schemes taken out, the hidden
-states of text read left to right are equal.
+InsNeXt: the same function from left to right. Rotary positions turn by the offsets of insertion, which there are the
+distances of Llama, and a slot is its left neighbour at first: log p(token | the text goes on) is the source's
+log p(token), without the ids that frame a text. Where to write and when to stop is new, and has to be learned. Layers
+with a window of their own (Mistral) see the whole text; up to the window it is the same function.
 """
 
 import dataclasses
 
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from .convert import Family, main
+from .convert import NEW, Family, main
 from .decoders import retrieving
 
 
@@ -104,15 +105,17 @@ def fields(config, target: str) -> dict:
         "qk_norm": config.model_type == "qwen3",
         "mlp_bias": bool(declared(config, "mlp_bias")),
     }
+    rope = dict(config.rope_parameters)
     if target == "insnext":
         # an insertion model has one STOP, and any of several ends of text names it
         eos = eos[0] if isinstance(eos, list) else eos
-        return {**common, "eos_token_id": eos, "num_hidden_layers": config.num_hidden_layers}
+        reads = {"position_encoding": "rotary", "rope_parameters": rope, "slot_norm": "rmsclip"}
+        return {**common, **reads, "eos_token_id": eos, "num_hidden_layers": config.num_hidden_layers}
     return {
         **common,
         "eos_token_id": eos,
         "position_encoding": "rope",
-        "rope_parameters": dict(config.rope_parameters),
+        "rope_parameters": rope,
         **retrieving(config.num_hidden_layers, reach(config) or config.max_position_embeddings),
     }
 
@@ -122,14 +125,23 @@ def rename(name: str, config) -> str:
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
 
 
+def new(config, target: str) -> tuple[str, ...]:
+    """Return patterns of what the source does not have; its last norm is the one behind a slot."""
+    if target != "insnext":
+        return NEW[target]
+    places = ("query_proj.*", "key_proj.*", "edge", "stop_key")
+    sides = ("left_proj.*", "right_proj.*", "state_proj.*")
+    return (*(f"slot_head.{name}" for name in (*sides, *places)), "model.norm.*")
+
+
 def backward(config, model_type: str):
-    """Return the source's configuration of a DRT of its shape; whether it is one, the caller checks."""
+    """Return the source's configuration of a model of ours of its shape; whether it is one, the caller checks."""
     same = {name: getattr(config, name) for name in (*SAME, "eos_token_id", "head_dim", "rope_parameters")}
     if model_type in ("llama", "qwen3"):
         same["attention_bias"] = config.attention_bias
     if model_type == "llama":
         same["mlp_bias"] = config.mlp_bias
-    window = config.sliding_window
+    window = getattr(config, "sliding_window", None)
     windowed = window is not None and window < config.max_position_embeddings
     if model_type != "llama":
         same["sliding_window"] = window if windowed else None
@@ -140,7 +152,18 @@ def backward(config, model_type: str):
     return source
 
 
-FAMILY = Family("Llama", tuple(CONFIGS), ("drt", "insnext"), TABLE, fields, rename=rename, backward=backward)
+FAMILY = Family(
+    "Llama",
+    tuple(CONFIGS),
+    ("drt", "insnext"),
+    TABLE,
+    fields,
+    moved={"insnext": {"model.norm.weight": "slot_head.norm.weight"}},
+    new=new,
+    rename=rename,
+    backward=backward,
+    returns=("drt", "insnext"),
+)
 
 
 if __name__ == "__main__":

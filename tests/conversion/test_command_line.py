@@ -120,7 +120,7 @@ def test_gpt2_goes_to_drt_and_back(tmp_path):
     ("module", "options", "message"),
     [
         (from_gpt2, ["--to", "drt"], r"must be of the family GPT-2 ('gpt2',), got model_type='llama'"),
-        (from_gpt2, ["--to", "gpt2"], "only DRT goes back to GPT-2, got model_type='llama'"),
+        (from_gpt2, ["--to", "gpt2"], "only drt goes back to GPT-2, got model_type='llama'"),
         (from_llama, ["--to", "bert"], "invalid choice: 'bert'"),
         (from_llama, ["--to", "drt"], "sliding_window must be larger than a chunk"),
         (from_llama, ["--to", "drt", *SMALL, "--landmark_source", "last"], "landmark_source must be one of"),

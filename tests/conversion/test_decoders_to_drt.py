@@ -115,13 +115,13 @@ def test_the_way_back_is_bit_equal(name):
 def test_what_is_no_model_of_the_family_has_no_way_back():
     source = source_model("qwen2")
     drt = convert_tensors(LLAMA, source.state_dict(), source.config, "drt", **CHUNKS)
-    with pytest.raises(ValueError, match="a llama of this shape has attention_output_bias=True, got a DRT with False"):
+    with pytest.raises(ValueError, match="a llama of this shape has attention_output_bias=True, got a drt with False"):
         convert_back(LLAMA, drt.tensors, drt.config, "llama")
-    with pytest.raises(ValueError, match="a gpt2 of this shape has num_key_value_heads=4, got a DRT with 2"):
+    with pytest.raises(ValueError, match="a gpt2 of this shape has num_key_value_heads=4, got a drt with 2"):
         convert_back(GPT2, drt.tensors, drt.config, "gpt2")
     source = source_model("mistral")
     drt = convert_tensors(LLAMA, source.state_dict(), source.config, "drt", **CHUNKS)
-    with pytest.raises(ValueError, match="sees 64 tokens, got a DRT with sliding_window=9"):
+    with pytest.raises(ValueError, match="sees 64 tokens, got a drt with sliding_window=9"):
         convert_back(LLAMA, drt.tensors, drt.config, "llama")
     drt.tensors["model.landmark"] = torch.zeros(32).double()
     with pytest.raises(ValueError, match="needs a way back|1 without: model.landmark"):

@@ -65,20 +65,13 @@ def states_of_encoders(ours, source, ids):
     return ours.model(ids, is_causal=False).last_hidden_state, source.base_model(ids).last_hidden_state
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", ["gpt2"])
 def test_a_decoder_without_positions_is_the_same_left_to_right(name, without_positions):
     source, ids = source_model(name), random_ids(2, 9)
     # control: with positions on both sides it is another function
     assert difference(*states_of_decoders(as_insnext(source, name), source, ids)) > 1e-2
     source = without_positions(source)
     assert difference(*states_of_decoders(as_insnext(source, name), source, ids)) < CLOSE
-
-
-def test_beyond_the_window_of_mistral_insnext_sees_more(without_positions):
-    source, ids = without_positions(source_model("mistral")), random_ids(1, 20)
-    ours, theirs = states_of_decoders(as_insnext(source, "mistral"), source, ids)
-    difference = (ours - theirs).abs().amax(2)[0]
-    assert difference[:9].max() < CLOSE and difference[9:].min() > 1e-6
 
 
 @pytest.mark.parametrize("name", ENCODERS)
