@@ -181,7 +181,8 @@ class InsertionGenerationConfig(GenerationConfig):
         slot_window: Write only into slots next to the last `slot_window` insertions (None: every open slot).
         slot_temperature: Divides the logits of the slots when `do_sample` (1.0).
         slot_top_p: Nucleus of the slots when `do_sample` (1.0).
-        seed: Seed of the sampling, one for all rows or a list with one for each row (None: the global generator).
+        seed: Seed of the sampling: one, from which with the row's number that of each row is made, or a list with one
+            for each row, taken as they are (None: the global generator).
         kwargs: Fields of `GenerationConfig`.
 
     Raises:

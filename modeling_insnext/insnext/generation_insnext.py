@@ -163,24 +163,25 @@ class InsertionGenerationMixin(GenerationMixin):
         Args:
             inputs: Token ids `[B, T]`, the same as `input_ids`.
             generation_config: Options, an `InsertionGenerationConfig` or a plain one; keyword arguments overrule it.
-            logits_processor: More processors of the token scores. They see the text right of the slot, then left of
-                it, so that the last token is the slot's left neighbour.
-            stopping_criteria: More criteria; they see the texts so far as `sequences` would show them.
+            logits_processor: More processors of the token scores. They are given all rows of the batch, in order:
+                the text right of the slot, then left of it, so that the last token is the slot's left neighbour.
+            stopping_criteria: More criteria; they are given all rows, as `sequences` would show them.
             prefix_allowed_tokens_fn: As in Transformers, on what the processors see, without padding; called with the
                 row of the canvas.
-            synced_gpus: As in Transformers, for `left_to_right=True`.
+            synced_gpus: As in Transformers, for `left_to_right=True` only.
             streamer: `put_draft` (`TextDiffusionStreamer`) shows every state of the text; others get the finished
                 text. What `skip_prompt` skips is the given text up to the first open slot.
-            **kwargs: The canvas (`input_ids`, `attention_mask`, `slot_mask`, ...) and options, see
-                :class:`InsertionGenerationConfig`.
+            **kwargs: The fields of a :class:`Canvas`, options of :class:`InsertionGenerationConfig`, and with
+                `stop_strings` the `tokenizer` that reads them.
 
         Returns:
             The texts, `[B, T']`, each behind the left padding that it was given with, or an
             :class:`InsertionGenerateOutput` with `return_dict_in_generate=True`.
 
         Raises:
-            ValueError: If an option does not exist or has no meaning here, or the canvas breaks a rule; before any
-                work.
+            TypeError: If `generation_config` or `streamer` is none.
+            ValueError: If an option does not exist, or has no meaning or effect here, or the canvas breaks a rule;
+                before any work. Later, if every token of a chosen slot is barred.
         """
         config, fields = merge_generation_configs(self.generation_config, generation_config, **kwargs)
         asked = asked_options(self.generation_config, generation_config, kwargs)
@@ -207,9 +208,7 @@ class InsertionGenerationMixin(GenerationMixin):
         stops = stop_strings(config, tokenizer, canvas)
         processors = self._token_processors(config, logits_processor, canvas)
         rules = TokenRules(canvas.continuation_mask, processors, bans, prefix_allowed_tokens_fn)
-        criteria = StoppingCriteriaList(stopping_criteria or [])
-        if config.max_time is not None:
-            criteria.append(MaxTimeCriteria(config.max_time))
+        criteria = _criteria(config, stopping_criteria)
         draft = Draft.start(self, canvas, budget, config, fields.get("attention_mask"))
         shown = _put_prompt(streamer, draft, canvas)
         if config.num_beams > 1:
@@ -299,6 +298,11 @@ def _check_texts(streamer, canvas: Canvas, config) -> None:
             raise ValueError(f"a TextStreamer shows one text, got {texts}")
     if isinstance(config.seed, (list, tuple)) and len(config.seed) != texts:
         raise ValueError(f"seed must be an integer or one for each of the {texts} texts, got {len(config.seed)}")
+
+
+def _criteria(config, more) -> StoppingCriteriaList:
+    limits = [] if config.max_time is None else [MaxTimeCriteria(config.max_time)]
+    return StoppingCriteriaList([*(more or []), *limits])
 
 
 def _put_prompt(streamer, draft: Draft, canvas: Canvas) -> int:
