@@ -13,6 +13,7 @@ Sources: sequential and parallel insertion, InsNet (arXiv:2102.11008); EBR, InsN
 import torch
 from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 from transformers.generation import MaxTimeCriteria
+from transformers.utils import logging
 
 from .bans import Bans
 from .budget import Budget
@@ -31,6 +32,8 @@ from .step import TokenRules, check_stock
 from .write_beam import write_beams
 from .write_sample import write_sample
 
+
+logger = logging.get_logger(__name__)
 
 ONLY_LEFT_TO_RIGHT = ("assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
 
@@ -246,6 +249,12 @@ class InsertionGenerationMixin(GenerationMixin):
                     f"{name}={value!r} has no effect when text is inserted: a canvas brings its BOS, and a text ends "
                     "when STOP is chosen; use stop_strings or stopping_criteria"
                 )
+        if {"max_length", "max_new_tokens"} <= asked:
+            logger.warning(
+                "max_new_tokens=%s counts, as in Transformers, max_length=%s does not",
+                config.max_new_tokens,
+                config.max_length,
+            )
         if "max_length" not in asked and self.generation_config.max_length is None:
             config.max_length = None
         config.validate_for_insertion(asked)

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig, LogitsProcessor, TextStreamer, generation
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
 from tests.support.generation_twins import canvas_of, writing_model
@@ -92,6 +94,16 @@ def test_nonsense_is_refused_by_name_and_value(name, value, left_to_right):
 def test_a_padding_token_outside_the_vocabulary_is_refused(left_to_right):
     refused(r"pad_token_id must be in \[0, 13\), got 13", pad_token_id=13, left_to_right=left_to_right)
     MODEL.generate(PROMPT, pad_token_id=12, max_new_tokens=1, left_to_right=left_to_right)
+
+
+def test_of_two_lengths_in_one_call_a_warning_names_the_one_that_counts():
+    source = logging.get_logger("modeling_insnext.insnext.generation_insnext")
+    with CaptureLogger(source) as said:
+        assert MODEL.generate(PROMPT, max_new_tokens=2, min_new_tokens=2, max_length=20).shape[1] == 6
+    assert "max_new_tokens=2 counts" in said.out and "max_length=20 does not" in said.out
+    with CaptureLogger(source) as said:
+        MODEL.generate(PROMPT, max_length=6)
+    assert not said.out
 
 
 def test_integers_of_numpy_are_integers():
