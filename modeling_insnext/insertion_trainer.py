@@ -66,9 +66,8 @@ class InsertionTrainer(TokenMeanTrainer):
 
     def _refuse_epochs(self) -> None:
         for name in ("eval_strategy", "save_strategy", "logging_strategy"):
-            value = getattr(self.args, name)
-            if value == "epoch":
-                raise ValueError(f"{name} must be no or steps where the data has no length, got {value}")
+            if getattr(self.args, name) == "epoch":
+                raise ValueError(f"{name} must be no or steps where the data has no length, got epoch")
 
     def get_eval_dataloader(self, *args, **kwargs):
         return self._with_fixed_draws(super().get_eval_dataloader, *args, **kwargs)

@@ -205,7 +205,7 @@ def plot_history(history: list[dict], kinds: list[str], path: Path) -> None:
 
 
 def main():
-    args, training = HfArgumentParser((DrtArguments, TrainingArguments)).parse_args_into_dataclasses()
+    args, training = HfArgumentParser((DrtArguments, TrainingArguments), usage="%(prog)s [--ARGUMENT VALUE ...]").parse_args_into_dataclasses()
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(f"{args.corpus}/tokenizer")
     model = make_model(args, tokenizer)

@@ -89,7 +89,7 @@ def make_collator(args, tokenizer, texts, **options):
 
 
 def main():
-    args, training = HfArgumentParser((MiniArguments, TrainingArguments)).parse_args_into_dataclasses()
+    args, training = HfArgumentParser((MiniArguments, TrainingArguments), usage="%(prog)s [--ARGUMENT VALUE ...]").parse_args_into_dataclasses()
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(f"{args.corpus}/tokenizer")
     train, heldout = (load_texts(f"{args.corpus}/{name}.npz") for name in ("train", "heldout"))

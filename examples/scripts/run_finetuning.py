@@ -45,7 +45,7 @@ from common.arguments import (
 )
 from common.data import insertion_collator, load_splits, split_of, wanted_examples, without_eos
 from common.models import add_adapter, load_config, load_model, load_tokenizer
-from common.training import note_arguments, start, train_and_evaluate, write_lines
+from common.training import note_arguments, scheduled, start, train_and_evaluate, write_lines
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, TrainingArguments
 
@@ -374,6 +374,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(model_args)
     config = load_config(model_args, tokenizer)
     check(finetuning, insertion, training, config.model_type)
+    insertion.check_schedule(training)
     start(training)
     splits = with_lists(finetuning, load_splits(data, model_args))
     for split, wanted in (("train", training.do_train), ("validation", training.do_eval)):
@@ -388,6 +389,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     note_arguments(training, model_args, data, finetuning, insertion, adapter)
     if insnext:
         collators = make_collators(finetuning, insertion, tokenizer, rows, training)
+        rows = scheduled(insertion, rows, training)
     else:
         collators = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
     model = add_adapter(load_model(AutoModelForCausalLM, model_args, config), adapter, "CAUSAL_LM")

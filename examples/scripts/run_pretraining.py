@@ -43,7 +43,7 @@ from common.arguments import (
 )
 from common.data import body, check_texts, insertion_collator, load_splits, wanted_examples
 from common.models import add_adapter, load_config, load_model, load_tokenizer
-from common.training import in_passes, note_arguments, start, train_and_evaluate
+from common.training import note_arguments, scheduled, start, train_and_evaluate
 from transformers import AutoModelForCausalLM, TrainingArguments, default_data_collator
 
 from modeling_insnext.alignment import AlignedTrainer
@@ -159,11 +159,9 @@ def make_trainer(args: PretrainingArguments, insertion: InsertionArguments, mode
         insertion_collator(insertion, tokenizer, texts, CONTEXTS, training, pack_to=row_length(args, model.config))
         for texts in rows.values()
     ]
-    first, last = insertion.shares
-    if first != last and "train_dataset" in rows:
-        rows = {**rows, "train_dataset": in_passes(rows["train_dataset"], training)}
     rates = {} if args.head_learning_rate is None else {"slot_head": args.head_learning_rate}
-    options = {"args": training, "processing_class": tokenizer, "learning_rates": rates, **rows}
+    options = {"args": training, "processing_class": tokenizer, "learning_rates": rates}
+    options |= scheduled(insertion, rows, training)
     options |= {"data_collator": collators[0], "eval_data_collator": collators[-1]}
     if args.alignment_weight is None:
         return InsertionTrainer(model, **options)
@@ -187,6 +185,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     tokenizer = load_tokenizer(model_args)
     config = load_config(model_args, tokenizer)
     check(pretraining, insertion, adapter, config)
+    insertion.check_schedule(training)
     start(training)
     splits = load_splits(data, model_args)
     check_texts(splits, [pretraining.text_column])

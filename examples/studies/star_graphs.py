@@ -296,7 +296,9 @@ def markdown(rows: list[dict]) -> str:
 
 
 def main():
-    args, training = HfArgumentParser((StarArguments, TrainingArguments)).parse_args_into_dataclasses()
+    args, training = HfArgumentParser(
+        (StarArguments, TrainingArguments), usage="%(prog)s [--ARGUMENT VALUE ...]"
+    ).parse_args_into_dataclasses()
     training.remove_unused_columns = False
     set_seed(training.seed)
     if training.do_train:

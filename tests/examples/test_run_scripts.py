@@ -42,7 +42,12 @@ CASES = {
         "old",
         "--task keywords --text_column texts --keywords_column words --adapter lora --do_predict",
     ),
-    "infilling": ("run_finetuning", "insnext", "old", "--task infilling --adapter dora --do_eval"),
+    "infilling": (
+        "run_finetuning",
+        "insnext",
+        "old",
+        "--task infilling --adapter dora --do_eval --left_to_right_share 0.9 0.1",
+    ),
     "completion-insnext": ("run_finetuning", "insnext", "old", "--task completion --do_eval --do_predict"),
     "completion-drt": (
         "run_finetuning",

@@ -74,6 +74,15 @@ BAD = {
         f"run_pretraining {INSNEXT} {DATA} --stage sentences --alignment_weight 1",
         "alignment_weight needs an adapter",
     ),
+    "sampling of a schedule": (
+        f"run_finetuning {INSNEXT} {DATA} --task infilling --left_to_right_share 0.5 0.1 "
+        "--train_sampling_strategy group_by_length",
+        "train_sampling_strategy must be random where left_to_right_share changes, got group_by_length",
+    ),
+    "epochs of a schedule": (
+        f"run_pretraining {INSNEXT} {DATA} --stage sentences --left_to_right_share 0.5 0.1 --save_strategy epoch",
+        "save_strategy must be no or steps where left_to_right_share changes, got epoch",
+    ),
     "shares": (
         f"run_pretraining {INSNEXT} {DATA} --stage sentences --left_to_right_share 0.5 1.5",
         "left_to_right_share must be one or two shares",

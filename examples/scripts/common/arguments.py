@@ -306,6 +306,17 @@ class InsertionArguments:
         given = self.left_to_right_share or [0.0]
         return given[0], given[-1]
 
+    def check_schedule(self, training) -> None:
+        """Raise a `ValueError` if a share that changes meets what needs data with a length."""
+        if len(set(self.shares)) == 1:
+            return
+        for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+            if getattr(training, name) == "epoch":
+                raise ValueError(f"{name} must be no or steps where left_to_right_share changes, got epoch")
+        if training.train_sampling_strategy != "random":
+            given = training.train_sampling_strategy
+            raise ValueError(f"train_sampling_strategy must be random where left_to_right_share changes, got {given}")
+
     def refuse(self, reason: str) -> None:
         """Raise a `ValueError` if anything here was given, which `reason` makes useless."""
         given = {name: value for name, value in vars(self).items() if value is not None}

@@ -14,6 +14,8 @@ from transformers import set_seed
 from modeling_insnext.data import Passes, Shuffled
 from modeling_insnext.runs import checkpoint_to_resume, finite, train_on, write_atomically
 
+from .arguments import InsertionArguments
+
 
 STAMP = "script_arguments.json"
 # neither training data nor weights depend on these
@@ -55,16 +57,20 @@ def cpu_has_bf16() -> bool:
     return flags is None or bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags[1].split()))
 
 
-def in_passes(rows, training) -> Passes:
-    """Return rows as one stream, in another order in every pass, whose texts say how far the training is.
+def scheduled(insertion: InsertionArguments, rows: dict, training) -> dict:
+    """Return the data of a trainer; where the share of texts left to right changes, texts say when they are read.
 
-    `max_steps` becomes what the epochs are; every process reads its share.
+    The training data is then one stream, in another order in every pass, and `max_steps` becomes what the epochs are.
     """
+    first, last = insertion.shares
+    if first == last or "train_dataset" not in rows:
+        return rows
+    train = rows["train_dataset"]
     texts = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     if training.max_steps <= 0:
-        training.max_steps = math.ceil(len(rows) * training.num_train_epochs / texts)
+        training.max_steps = math.ceil(len(train) * training.num_train_epochs / texts)
     seed = training.seed if training.data_seed is None else training.data_seed
-    return Passes(Shuffled(rows, seed), num_texts=training.max_steps * texts)
+    return {**rows, "train_dataset": Passes(Shuffled(train, seed), num_texts=training.max_steps * texts)}
 
 
 def note_arguments(training, *arguments) -> None:
