@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Callable, Sequence
+from itertools import chain
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from .canvas_pieces import continuation_mask_of, ids_inside_text, token_ids
 logger = logging.get_logger(__name__)
 
 Bounds = int | None | Sequence[Any]
+# words and phrases; a list among them holds the forms of one keyword
+Keywords = list[str | list[str]]
 
 CLOSING = re.compile(r"""[.,;:!?)\]}%…’”»›、。，；：！？）】」』]+(\s|$)""")
 OPENING = re.compile(r"""(^|\s)[(\[{¿¡‘“«‹（【「『]+$""")
@@ -48,12 +51,12 @@ class Row(NamedTuple):
 def build_canvas(
     tokenizer,
     text: str | list[str] | None = None,
-    keywords: list[str] | list[list[str]] | None = None,
+    keywords: Keywords | list[Keywords] | None = None,
     gap: str = "___",
     min_gap_tokens: Bounds = None,
     max_gap_tokens: Bounds = None,
     ordered: bool = True,
-    order_phrases: Callable[[list[list[int]]], Sequence[int]] | None = None,
+    choose: Callable[[list[list[list[int]]], bool], Sequence[tuple[int, int]]] | None = None,
     vocab_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> Canvas:
@@ -71,13 +74,16 @@ def build_canvas(
         text: One text or a batch; each mark, `gap`, is a gap. Bounds of the number of tokens may follow a mark:
             `___{3}`, `___{2,5}`, `___{2,}`, `___{,5}`.
         keywords: Words or phrases, one list or a batch of lists. Phrases stay whole; white space around one is not
-            part of it.
+            part of it. A list beside strings is a keyword with alternatives, `[["look", "looks"], "field"]`: it stands
+            in the text in one of these forms. A list of lists alone is a batch, so a text of which every keyword has
+            alternatives is written as one: `[[["look", "looks"], ["field", "fields"]]]`.
         gap: The mark.
         min_gap_tokens: Least number of tokens in each gap without bounds of its own: one for all, a list with one a
             gap, or a list of such lists, one a row. None is 0.
         max_gap_tokens: Largest number of tokens, likewise. None is no bound.
         ordered: Whether keywords keep their order.
-        order_phrases: Called with the token ids of the phrases of a row if not `ordered`; returns a permutation.
+        choose: Called with the token ids of the forms of each keyword of a row and with `ordered`, if there is
+            something to choose; returns (keyword, form) from left to right, each keyword once.
         vocab_size: Number of embeddings of the model, `len(tokenizer)` if None; length of `continuation_mask`.
         device: Device of the tensors.
 
@@ -96,10 +102,10 @@ def build_canvas(
             raise ValueError("ordered=False is for keywords; the words of a text keep their order")
         rows = [_text_row(tokenizer, one, gap) for one in _texts(text)]
     else:
-        if not ordered and order_phrases is None:
-            raise ValueError("ordered=False needs order_phrases, which chooses the order; model.canvas has one")
-        order = None if ordered else order_phrases
-        rows = [_keyword_row(tokenizer, phrases, gap, order) for phrases in _phrase_lists(keywords)]
+        batch = _keyword_lists(keywords)
+        if choose is None and not (ordered and all(len(forms) == 1 for row in batch for forms in row)):
+            raise ValueError("ordered=False and alternatives need choose, which chooses; model.canvas has one")
+        rows = [_keyword_row(tokenizer, forms, gap, ordered, choose) for forms in batch]
     _warn_of_changes(tokenizer, rows)
     bounds = _gap_bounds(rows, min_gap_tokens, max_gap_tokens)
     continuation_mask = continuation_mask_of(tokenizer, vocab_size)
@@ -133,21 +139,24 @@ def _texts(text: str | list[str]) -> list[str]:
     return texts
 
 
-def _phrase_lists(keywords: list[str] | list[list[str]]) -> list[list[str]]:
+def _keyword_lists(keywords: Keywords | list[Keywords]) -> list[list[list[str]]]:
+    """Return of each row its keywords, and of each of these its forms."""
     if isinstance(keywords, str) or not isinstance(keywords, Sequence):
         raise ValueError(f"keywords must be a list of phrases, got {keywords!r}")
     if not keywords:
         raise ValueError("empty canvas: keywords is an empty list")
-    if any(isinstance(entry, str) or not isinstance(entry, Sequence) for entry in keywords):
-        batch = [list(keywords)]
-    else:
-        batch = [list(row) for row in keywords]
-    for row, phrases in enumerate(batch):
-        if not phrases:
+    is_row = any(isinstance(entry, str) or not isinstance(entry, Sequence) for entry in keywords)
+    batch = []
+    for row, entries in enumerate([keywords] if is_row else keywords):
+        if not entries:
             raise ValueError(f"empty canvas: keywords of row {row} is an empty list")
-        for phrase in phrases:
-            if not isinstance(phrase, str) or not phrase.strip():
-                raise ValueError(f"a keyword must be a string that is not blank, got {phrase!r} in row {row}")
+        batch.append([[entry] if isinstance(entry, str) else entry for entry in entries])
+        for forms in batch[-1]:
+            if not isinstance(forms, Sequence) or not forms:
+                raise ValueError(f"a keyword must be a string or a list of its forms, got {forms!r} in row {row}")
+            for form in forms:
+                if not isinstance(form, str) or not form.strip():
+                    raise ValueError(f"a keyword must be a string that is not blank, got {form!r} in row {row}")
     return batch
 
 
@@ -175,26 +184,30 @@ def _text_row(tokenizer, text: str, mark: str) -> Row:
     return Row(ids, gap_after, word_end, gaps, "".join(segment.text for segment in segments))
 
 
-def _keyword_row(tokenizer, phrases: list[str], mark: str, order_phrases) -> Row:
-    for phrase in phrases:
+def _keyword_row(tokenizer, keywords: list[list[str]], mark: str, ordered: bool, choose) -> Row:
+    for phrase in chain.from_iterable(keywords):
         if mark in phrase:
             raise ValueError(
                 f"a keyword is given whole and has no mark {mark!r}, got {phrase!r}; "
                 "if these are letters of the word, choose another mark, as gap='<gap>'"
             )
-    texts = [_segment(f" {phrase.strip()} ", True, True).text for phrase in phrases]
-    pieces = [_encode(tokenizer, text, first=False) for text in texts]
-    if order_phrases is not None:
-        order = [int(index) for index in order_phrases([list(ids) for ids in pieces])]
-        if sorted(order) != list(range(len(pieces))):
-            raise ValueError(f"order_phrases must return a permutation of {len(pieces)} phrases, got {order}")
-        pieces, texts = [pieces[index] for index in order], [texts[index] for index in order]
+    texts = [[_segment(f" {form.strip()} ", True, True).text for form in forms] for forms in keywords]
+    pieces = [[_encode(tokenizer, text, first=False) for text in forms] for forms in texts]
+    chosen = [(index, 0) for index in range(len(keywords))]
+    if not ordered or any(len(forms) > 1 for forms in keywords):
+        chosen = [(int(index), int(form)) for index, form in choose(pieces, ordered)]
+        order = [index for index, _ in chosen]
+        if (order if ordered else sorted(order)) != list(range(len(keywords))):
+            what = "keep the order" if ordered else "return a permutation"
+            raise ValueError(f"choose must {what} of {len(keywords)} keywords, got {order}")
     ids, gap_after, word_end = [tokenizer.bos_token_id], [0], [False]
-    for index, phrase_ids in enumerate(pieces):
+    for place, (index, form) in enumerate(chosen):
+        phrase_ids = pieces[index][form]
         ids += phrase_ids
-        gap_after += [-1] * (len(phrase_ids) - 1) + [index + 1]
+        gap_after += [-1] * (len(phrase_ids) - 1) + [place + 1]
         word_end += [False] * (len(phrase_ids) - 1) + [True]
-    return Row(ids, gap_after, word_end, [Gap()] * (len(pieces) + 1), "".join(texts))
+    given = "".join(texts[index][form] for index, form in chosen)
+    return Row(ids, gap_after, word_end, [Gap()] * (len(chosen) + 1), given)
 
 
 def _split(text: str, mark: str) -> tuple[list[Segment], list[Gap]]:

@@ -18,6 +18,8 @@ from transformers.utils import logging
 from .bans import Bans
 from .budget import Budget
 from .canvas import Canvas
+from .canvas_choice import choose_keywords
+from .canvas_pieces import continuation_mask_of
 from .canvas_text import build_canvas
 from .draft import Draft
 from .generation_configuration import (
@@ -110,44 +112,30 @@ class InsertionGenerationMixin(GenerationMixin):
             tokenizer: The model's tokenizer.
             text: One text or a batch; gaps open at the marks only, `___` by default. `___{2,5}` bounds the tokens of a
                 gap.
-            keywords: Words or phrases, a list or a batch of lists. Phrases stay whole, gaps open around them.
+            keywords: Words or phrases, a list or a batch of lists. Phrases stay whole, gaps open around them. A list
+                beside strings holds the forms of one keyword, of which the model chooses one:
+                `[["look", "looks"], "field"]`.
             **options: `gap`, `min_gap_tokens`, `max_gap_tokens`, `ordered`; see `canvas_text.build_canvas`. With
                 `ordered=False` the model chooses the order of the keywords: each goes where its beginning is
-                likeliest.
+                likeliest. Forms and order are chosen before anything is written.
 
         Raises:
             ValueError: If text or keywords are empty, bounds contradict each other, or the vocabularies do not match.
         """
 
-        def order(phrases):
-            return self._likeliest_order(tokenizer.bos_token_id, phrases)
+        def choose(keywords, ordered):
+            mask = continuation_mask_of(tokenizer, self.config.vocab_size)
+            return choose_keywords(self, tokenizer.bos_token_id, keywords, ordered, mask)
 
         return build_canvas(
             tokenizer,
             text,
             keywords,
-            order_phrases=order,
+            choose=choose,
             vocab_size=self.config.vocab_size,
             device=self.device,
             **options,
         )
-
-    @torch.no_grad()
-    def _likeliest_order(self, bos: int, phrases: list[list[int]]) -> list[int]:
-        """Return an order of phrases: each in turn goes to where p(slot) p(first token | slot) is largest."""
-        order = []
-        for new, phrase in enumerate(phrases):
-            ids = [bos] + [token for index in order for token in phrases[index]]
-            ends = torch.tensor([0] + [len(phrases[index]) for index in order], device=self.device).cumsum(0)
-            canvas = Canvas.from_ids(torch.tensor([ids], device=self.device))
-            draft = Draft(self, canvas, Budget(canvas, torch.zeros_like(canvas.lengths)))
-            allowed = torch.zeros(1, len(ids), dtype=torch.bool, device=self.device)
-            allowed[0, ends] = True
-            scores = draft.slot_scores(allowed, may_stop=torch.zeros_like(allowed[:, 0])).log_softmax(1)[0, ends]
-            states = self.slot_head.token_state(draft.slots[0, ends], draft.state)
-            tokens = self.token_logits(states).log_softmax(1)[:, phrase[0]]
-            order.insert(int((scores + tokens).argmax()), new)
-        return order
 
     @torch.no_grad()
     def generate(

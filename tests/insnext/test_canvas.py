@@ -161,19 +161,38 @@ def test_keywords_begin_with_a_space_in_byte_level_bpe():
     assert not pieces(build_canvas(tokenizer, "The ___"), tokenizer)[1].startswith("Ġ")
 
 
-def test_unordered_keywords_follow_the_permutation():
+def test_keywords_follow_what_is_chosen():
     tokenizer = tokenizer_of("byte_level")
     seen = []
 
-    def reverse(phrases):
-        seen.extend(phrases)
-        return range(len(phrases) - 1, -1, -1)
+    def reverse(keywords, ordered):
+        seen.append((keywords, ordered))
+        return [(index, len(keywords[index]) - 1) for index in range(len(keywords))][:: 1 if ordered else -1]
 
-    keywords = ["old man", "sea", "fish"]
-    canvas = build_canvas(tokenizer, keywords=keywords, ordered=False, order_phrases=reverse)
-    assert decoded(canvas, tokenizer) == " fish sea old man"
-    assert [tokenizer.decode(ids) for ids in seen] == [" old man", " sea", " fish"]
-    assert decoded(build_canvas(tokenizer, keywords=keywords), tokenizer) == " old man sea fish"
+    keywords = ["old man", ["sea", "seas"], "fish"]
+    canvas = build_canvas(tokenizer, keywords=keywords, ordered=False, choose=reverse)
+    assert decoded(canvas, tokenizer) == " fish seas old man"
+    assert decoded(build_canvas(tokenizer, keywords=keywords, choose=reverse), tokenizer) == " old man seas fish"
+    for (asked, ordered), expected in zip(seen, (False, True), strict=True):
+        forms = [[tokenizer.decode(ids) for ids in keyword] for keyword in asked]
+        assert (forms, ordered) == ([[" old man"], [" sea", " seas"], [" fish"]], expected)
+    # where nothing is to be chosen nobody is asked
+    assert decoded(build_canvas(tokenizer, keywords=["sea", "fish"], choose=reverse), tokenizer) == " sea fish"
+    assert len(seen) == 2
+
+
+def test_a_list_among_strings_is_a_keyword_and_lists_alone_are_a_batch():
+    tokenizer = tokenizer_of("byte_level")
+
+    def last(keywords, ordered):
+        return [(index, len(forms) - 1) for index, forms in enumerate(keywords)]
+
+    one = build_canvas(tokenizer, keywords=[["sea", "seas"], "fish"], choose=last)
+    two = build_canvas(tokenizer, keywords=[["sea", "seas"], ["fish"]], choose=last)
+    nested = build_canvas(tokenizer, keywords=[[["sea", "seas"], ["fish", "dogs"]], ["fox"]], choose=last)
+    assert [decoded(one, tokenizer)] == [" seas fish"]
+    assert [decoded(two, tokenizer, row) for row in (0, 1)] == [" sea seas", " fish"]
+    assert [decoded(nested, tokenizer, row) for row in (0, 1)] == [" seas dogs", " fox"]
 
 
 def test_bounds_of_a_mark_overrule_the_arguments():
@@ -237,16 +256,22 @@ TEXT_ERRORS = {
     "max_gap_tokens has 1 entries .* 2 gaps": dict(text="The ___ fox ___", max_gap_tokens=[3]),
     "max_gap_tokens has 2 lists for 1 rows": dict(text="The ___ fox", max_gap_tokens=[[3], [3]]),
     "ordered=False is for keywords": dict(text="The ___", ordered=False),
-    "needs order_phrases": dict(keywords=["fox"], ordered=False),
-    "permutation of 2 phrases, got \\[0, 0\\]": dict(
-        keywords=["fox", "dog"], ordered=False, order_phrases=lambda phrases: [0, 0]
+    "ordered=False and alternatives need choose": dict(keywords=["fox"], ordered=False),
+    "and alternatives need choose": dict(keywords=["fox", ["dog", "dogs"]]),
+    "return a permutation of 2 keywords, got \\[0, 0\\]": dict(
+        keywords=["fox", "dog"], ordered=False, choose=lambda keywords, ordered: [(0, 0), (0, 0)]
     ),
+    "keep the order of 2 keywords, got \\[1, 0\\]": dict(
+        keywords=["fox", ["dog", "dogs"]], choose=lambda keywords, ordered: [(1, 0), (0, 0)]
+    ),
+    "a list of its forms, got \\[\\] in row 0": dict(keywords=["fox", []]),
+    "not blank, got 7 in row 0": dict(keywords=["fox", ["dog", 7]]),
     "mark that is not blank": dict(text="The fox", gap=" "),
     "must be a string or a list of strings, got 5": dict(text=5),
     "words that must occur go to keywords=": dict(text=["dog", "park"]),
     "one mark with bounds, as ___\\{2,}, asks for": dict(text="The ___ ___ fox"),
     "choose another mark, as gap='<gap>'": dict(keywords=["snake___case"]),
-    "not blank, got 5": dict(keywords=[5]),
+    "a string or a list of its forms, got 5 in row 0": dict(keywords=[5]),
     "min_gap_tokens must be an integer of at least 0, a list or None, got 1.5": dict(text="a ___", min_gap_tokens=1.5),
     "max_gap_tokens of gap 0 in row 0 must be an integer of at least 0, got 1.5": dict(
         text="a ___", max_gap_tokens=[1.5]

@@ -8,7 +8,7 @@ from transformers import CompileConfig, GenerationConfig, StoppingCriteria, Text
 
 from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
 from tests.support.equality import same_bits
-from tests.support.generation_twins import TextTwin, canvas_of, writing_model
+from tests.support.generation_twins import canvas_of, writing_model
 from tests.support.insnext import BOS, PAD
 from tests.support.one_canvas import MODEL, PROMPT, Watch, run, written
 
@@ -192,32 +192,6 @@ def test_misuse_raises_before_any_work(options, message):
     with pytest.raises(ValueError, match=message):
         MODEL.generate(PROMPT, logits_processor=[watch], **options)
     assert not watch.seen
-
-
-def likeliest_order(phrases):
-    """Return the order by the definition: each phrase in turn goes where p(slot) p(first token | slot) is largest."""
-    order = []
-    for new, phrase in enumerate(phrases):
-        ids = [BOS] + [token for index in order for token in phrases[index]]
-        ends = [0]
-        for index in order:
-            ends.append(ends[-1] + len(phrases[index]))
-        slots, _, tokens = TextTwin(MODEL, ids, range(len(ids))).scores()
-        p = slots[ends].softmax(0) * tokens[ends].softmax(1)[:, phrase[0]]
-        order.insert(int(p.argmax()), new)
-    return order
-
-
-def test_unordered_phrases_stand_where_their_first_token_is_likeliest():
-    generator = torch.Generator().manual_seed(1)
-    orders = set()
-    for _ in range(25):
-        lengths = torch.randint(1, 4, (4,), generator=generator).tolist()
-        phrases = [torch.randint(3, 13, (length,), generator=generator).tolist() for length in lengths]
-        expected = likeliest_order(phrases)
-        assert MODEL._likeliest_order(BOS, phrases) == expected
-        orders.add(tuple(expected))
-    assert len(orders) > 4
 
 
 def test_max_length_counts_each_rows_own_tokens():
