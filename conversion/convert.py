@@ -36,12 +36,29 @@ NEW = {
     "insnext": ("slot_head.*",),
     "drt": ("model.layers.*.cross_attn.*", "model.encoder.*", "model.query_norms.*"),
 }
-# but for these: cross-attention adds nothing at first, and a slot is its left neighbour
-BEGINS = {
-    "model.layers.*.cross_attn.o_proj.weight": torch.zeros_like,
+
+
+def going_on(weight: torch.Tensor) -> torch.Tensor:
+    """Return a I with a^2 = 6 / sqrt(D).
+
+    As both projections it gives the slot right of a token cos(state, token) times a logit of 6, so the highest to the
+    one right of what was written last, and STOP has 0: at first a text goes on where it is.
+    """
+    return torch.eye(len(weight), dtype=weight.dtype) * (6 / len(weight) ** 0.5) ** 0.5
+
+
+# a slot is its left neighbour at first
+SIDES = {
     "slot_head.left_proj.weight": lambda weight: torch.eye(len(weight), dtype=weight.dtype),
     "slot_head.right_proj.weight": torch.zeros_like,
     "slot_head.state_proj.weight": torch.zeros_like,
+}
+# how new tensors begin that are not drawn; cross-attention adds nothing at first
+BEGINS = {
+    **SIDES,
+    "slot_head.query_proj.weight": going_on,
+    "slot_head.key_proj.weight": going_on,
+    "model.layers.*.cross_attn.o_proj.weight": torch.zeros_like,
 }
 
 # what makes a decoder one family's or another's
@@ -280,7 +297,7 @@ def convert_back(
 
 def _check_slots(tensors: dict[str, torch.Tensor]) -> None:
     """Raise a `ValueError` unless the token in a slot is read off its left neighbour alone, as in the source."""
-    for pattern, begin in {**BEGINS, "model.norm.weight": torch.ones_like}.items():
+    for pattern, begin in {**SIDES, "model.norm.weight": torch.ones_like}.items():
         weight = tensors.get(pattern)
         if weight is not None and not torch.equal(weight, begin(weight)):
             raise ValueError(

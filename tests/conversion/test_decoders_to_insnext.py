@@ -73,6 +73,20 @@ def test_control_a_second_rmsnorm_is_another_function():
     assert difference(*both(as_insnext(source, slot_norm="rmsnorm"), source, ids)) > 1e-4
 
 
+@torch.no_grad()
+@every_decoder
+def test_at_first_a_text_goes_on_where_it_was_written_last(name):
+    ours, ids = as_insnext(source_of(name)), random_ids(1, 12)
+    head, state = ours.slot_head, ours.model(ids, is_causal=True).last_hidden_state
+    query, allowed = head.query_proj(state), torch.ones(12, 12, dtype=torch.bool).tril()
+    log_p = head.log_p(query, head.key_proj(head.left_proj(state)), allowed)[0]
+    assert log_p.argmax(-1).tolist() == list(range(12)) and log_p[:, -1].exp().max() < 0.01
+    # drawn weights say nothing of places
+    torch.nn.init.normal_(head.key_proj.weight, std=0.02)
+    drawn = head.log_p(query, head.key_proj(head.left_proj(state)), allowed)[0]
+    assert drawn.argmax(-1).tolist() != list(range(12))
+
+
 def test_beyond_the_window_of_mistral_it_sees_more():
     source, ids = exact(source_of("mistral")), random_ids(1, 20)
     apart = torch.stack(both(as_insnext(source), source, ids)).diff(dim=0).abs().amax((0, 1, 3))
