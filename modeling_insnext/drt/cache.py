@@ -16,6 +16,23 @@ from .memory import ChunkMemory, Fetch
 from .retrieval import Retrieved
 
 
+# what decides the shape and meaning of what a cache holds
+MADE_FOR = (
+    "hidden_size",
+    "num_key_value_heads",
+    "head_dim",
+    "num_lower_layers",
+    "retrieval_groups",
+    "chunk_size",
+    "num_retrieved_chunks",
+    "sliding_window",
+    "landmark_source",
+    "retriever",
+    "self_attention",
+    "position_encoding",
+)
+
+
 class Tail:
     """The last entries of B sequences along one dimension, right-aligned, at most `limit` of them.
 
@@ -95,22 +112,58 @@ class ChunkMemoryCache(Cache):
             from .search import require_faiss
 
             require_faiss()
-        self.crop_margin = crop_margin
-        self.grid = config.grid
-        self.margin = self.grid.positions(crop_margin) + 1 if crop_margin else 0
-        self.window = config.sliding_window
-        limit = None if config.sliding_window is None else config.sliding_window - 1 + self.margin
-        self.keys = [Tail(limit, dim=2) for _ in range(config.num_hidden_layers)]
-        self.values = [Tail(limit, dim=2) for _ in range(config.num_hidden_layers)]
+        self.grid, self.window = config.grid, config.sliding_window
+        # what a model must have in common with the one that this cache is for
+        self.made_for = {name: getattr(config, name) for name in MADE_FOR}
+        self.dtype: torch.dtype | None = None
+        self.keys = [Tail(None, dim=2) for _ in range(config.num_hidden_layers)]
+        self.values = [Tail(None, dim=2) for _ in range(config.num_hidden_layers)]
         # lower states (and features of a fixed retriever) of the chunk in progress
-        self.states = Tail(config.chunk_length - 1 + self.margin)
-        kept = 1 + -(-self.margin // config.chunk_length)
-        self.found = [(Tail(kept), Tail(kept)) for _ in config.retrieval_groups]
+        self.states = Tail(None)
+        self.found = [(Tail(None), Tail(None)) for _ in config.retrieval_groups]
         self.served: list[Fetch | None] = [None] * len(config.retrieval_groups)
         self.memory = ChunkMemory(location, folder, search)
         self.seen: list[int] = []
         self.columns = 0
-        self.recent = Tail(None if config.sliding_window is None else crop_margin + config.sliding_window)
+        self.recent = Tail(None)
+        self._set_limits(crop_margin)
+
+    def _set_limits(self, crop_margin: int) -> None:
+        """Keep from now on what :meth:`crop` needs to remove so many tokens."""
+        self.crop_margin = crop_margin
+        self.margin = self.grid.positions(crop_margin) + 1 if crop_margin else 0
+        for tail in (*self.keys, *self.values):
+            tail.limit = None if self.window is None else self.window - 1 + self.margin
+        self.states.limit = self.grid.length - 1 + self.margin
+        for tail in (tail for pair in self.found for tail in pair):
+            tail.limit = 1 + -(-self.margin // self.grid.length)
+        self.recent.limit = None if self.window is None else crop_margin + self.window
+
+    def allow_crop(self, tokens: int) -> None:
+        """Let :meth:`crop` remove so many of the tokens read from now on; `generate` asks for what it drafts."""
+        if tokens > self.crop_margin:
+            self._set_limits(tokens)
+
+    def check(self, config, dtype: torch.dtype, rows: int) -> None:
+        """Check that what is held can be gone on from.
+
+        Raises:
+            ValueError: If the cache is for another configuration, was filled in another data type, or holds another
+                number of rows.
+        """
+        for name, held in self.made_for.items():
+            if held != getattr(config, name):
+                raise ValueError(
+                    f"the cache is for a model of another configuration: {name} is {held!r} in it, "
+                    f"{getattr(config, name)!r} in the model"
+                )
+        if self.dtype not in (None, dtype):
+            raise ValueError(f"the cache was filled in {self.dtype}, got a model in {dtype}")
+        self.dtype = dtype
+        if self.seen and len(self.seen) != rows:
+            held = len(self.seen)
+            way = f": call batch_repeat_interleave({rows // held}) on it before" if rows % held == 0 else ""
+            raise ValueError(f"the cache holds {held} rows, got input of {rows} rows{way}")
 
     def begin(self, rows: int, chunk_shape, landmark_width: int, dtype, device) -> None:
         """Set up for so many rows; called by the model before the first columns are read."""
@@ -242,7 +295,7 @@ class ChunkMemoryCache(Cache):
             tail.tensor, tail.valid = None, []
         self.memory = ChunkMemory(self.memory.location, self.memory.folder, self.memory.search)
         self.served = [None] * len(self.served)
-        self.seen, self.columns = [], 0
+        self.seen, self.columns, self.dtype = [], 0, None
 
     def activate_past_recording(self) -> None:
         """Nothing to do: `crop_margin` tokens can be taken back at any time."""

@@ -93,7 +93,8 @@ class DrtConfig(PreTrainedConfig):
         rope_parameters: For `"rope"`, as in Transformers: `{"rope_type": "default", "rope_theta": 10000.0}`, or
             another type of `ROPE_TYPES` with what it needs.
         max_position_embeddings: For `"learned"`, how many positions there are: no text is longer. Otherwise the
-            length that the weights were trained for, if known; nothing is cut there.
+            length that the weights were trained for, if known; nothing is cut there. A configuration without it has
+            no such attribute: to other libraries `None` would be a number that is missing.
         qk_norm: Whether every head's queries and keys pass an RMSNorm before they are turned.
         attention_bias: Whether the projections to queries, keys and values of self-attention have biases.
         attention_output_bias: Whether the output projection of self-attention has one.
@@ -138,7 +139,6 @@ class DrtConfig(PreTrainedConfig):
     self_attention: str = "window"
     position_encoding: str = "alibi"
     rope_parameters: dict | None = None
-    max_position_embeddings: int | None = None
     qk_norm: bool = False
     attention_bias: bool = False
     attention_output_bias: bool = False
@@ -158,7 +158,11 @@ class DrtConfig(PreTrainedConfig):
     use_cache: bool = True
     code_version: str | None = None
 
-    def __post_init__(self, num_hidden_layers: int | None = None, **kwargs):
+    def __post_init__(
+        self, num_hidden_layers: int | None = None, max_position_embeddings: int | None = None, **kwargs
+    ):
+        if max_position_embeddings is not None:
+            self.max_position_embeddings = max_position_embeddings
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self._check_sizes()
@@ -244,7 +248,8 @@ class DrtConfig(PreTrainedConfig):
                     raise ValueError(f"{name} must be in [0, {self.vocab_size}), got {token}")
 
     def _check_positions(self):
-        kind, given, longest = self.position_encoding, self.rope_parameters, self.max_position_embeddings
+        kind, given = self.position_encoding, self.rope_parameters
+        longest = getattr(self, "max_position_embeddings", None)
         if given is not None and kind != "rope":
             raise ValueError(f'rope_parameters need position_encoding="rope", got {kind!r}')
         if kind == "rope":

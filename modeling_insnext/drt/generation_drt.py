@@ -15,6 +15,20 @@ KEYS_AND_VALUES = ("PREFIX_TUNING", "CARTRIDGE")
 PREFILL_OPTIONS = "prefill_chunk_size, lower_only_prefill and show_progress"
 
 
+def _is_count(number) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 1
+
+
+def _check_ends(attention_mask: torch.Tensor | None) -> None:
+    """Raise a `ValueError` for prompts that end in padding, behind which nothing can be written."""
+    rows = [] if attention_mask is None else (attention_mask[:, -1] == 0).nonzero()[:, 0].tolist()
+    if rows:
+        raise ValueError(
+            f'prompts must be padded on the left (tokenizer.padding_side = "left"), got padding at the end of rows '
+            f"{rows}"
+        )
+
+
 class DrtGenerationMixin(GenerationMixin):
     """`generate` of Transformers; prompts may be read in segments.
 
@@ -62,13 +76,19 @@ class DrtGenerationMixin(GenerationMixin):
             show_progress: Whether to show a progress bar.
 
         Raises:
-            ValueError: If `segment_length` is below 1, or the model refuses the input.
+            ValueError: If `segment_length` is no integer of at least 1, the mask has another shape than all columns
+                together, or the model refuses the input.
+            TypeError: If `past_key_values` is no cache of DRT.
         """
-        if segment_length is not None and segment_length < 1:
-            raise ValueError(f"segment_length must be at least 1, got {segment_length}")
+        if segment_length is not None and not _is_count(segment_length):
+            raise ValueError(f"segment_length must be an integer of at least 1 or None, got {segment_length!r}")
         past = ChunkMemoryCache(self.config) if past_key_values is None else past_key_values
-        T = input_ids.shape[1]
+        if not hasattr(past, "memory"):
+            raise TypeError(f"past_key_values must be a ChunkMemoryCache, got {type(past).__name__}")
+        B, T = input_ids.shape
         start = past.columns
+        if attention_mask is not None and attention_mask.shape != (B, start + T):
+            raise ValueError(f"attention_mask must be [{B}, {start + T}], got {list(attention_mask.shape)}")
         first_full = self._first_full_column(input_ids, attention_mask, past) if lower_only else 0
         with tqdm(total=T, unit="token", disable=not show_progress) as progress:
             column = 0
@@ -103,17 +123,41 @@ class DrtGenerationMixin(GenerationMixin):
                 f"{virtual_tokens(self)} of PEFT is a cache of its own kind, and past_key_values must be a "
                 "ChunkMemoryCache; prompt tuning, P-tuning and adapters like LoRA work"
             )
-        wanted = generation_config.cache_implementation
+        wanted, segment = generation_config.cache_implementation, generation_config.prefill_chunk_size
+        if segment is not None and not _is_count(segment):
+            raise ValueError(f"prefill_chunk_size must be an integer of at least 1 or None, got {segment!r}")
+        _check_ends(model_kwargs.get("attention_mask"))
         steered = model_kwargs.get("lower_only_prefill") or model_kwargs.get("show_progress")
-        if generation_mode == GenerationMode.ASSISTED_GENERATION and (steered or generation_config.prefill_chunk_size):
+        if generation_mode == GenerationMode.ASSISTED_GENERATION and (steered or segment):
             raise ValueError(f"{PREFILL_OPTIONS} cannot be had with assisted generation: call prefill before")
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, *args
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit must be None: a draft by DRT's own lower layers would lack what they retrieve, "
+                f"got {generation_config.assistant_early_exit}; use assistant_model or prompt_lookup_num_tokens"
             )
-        if wanted not in CACHE_LOCATIONS:
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
+        elif wanted not in CACHE_LOCATIONS:
             raise ValueError(f"cache_implementation must be one of {list(CACHE_LOCATIONS)}, got {wanted!r}")
-        model_kwargs["past_key_values"] = ChunkMemoryCache(self.config, CACHE_LOCATIONS[wanted])
+        else:
+            model_kwargs["past_key_values"] = ChunkMemoryCache(self.config, CACHE_LOCATIONS[wanted])
+        if generation_config.is_assistant and model_kwargs.get("past_key_values") is not None:
+            # the model that asked for this draft may take all of it back
+            model_kwargs["past_key_values"].allow_crop(generation_config.max_new_tokens + 1)
+
+    def _get_candidate_generator(self, model_kwargs, **kwargs):
+        """Let the cache take back every draft, however long, before it is read."""
+        generator = super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
+        draft, past = generator.get_candidates, model_kwargs.get("past_key_values")
+
+        def get_candidates(input_ids, *args, **options):
+            ids, logits = draft(input_ids, *args, **options)
+            if past is not None:
+                past.allow_crop(ids.shape[1] - input_ids.shape[1] + 1)
+            return ids, logits
+
+        generator.get_candidates = get_candidates
+        return generator
 
     def _prefill(self, input_ids, generation_config, model_kwargs, is_first_iteration=True):
         segment, lower_only = generation_config.prefill_chunk_size, model_kwargs.get("lower_only_prefill", False)

@@ -209,14 +209,14 @@ class DrtModel(DrtPreTrainedModel):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if past is None and use_cache:
             past = ChunkMemoryCache(self.config)
-        if past is not None and past.seen and len(past.seen) != B:
-            raise ValueError(f"the cache holds {len(past.seen)} rows, got input of {B} rows")
+        if past is not None:
+            past.check(self.config, self.dtype if inputs_embeds is None else inputs_embeds.dtype, B)
         real_BQ = self._real(attention_mask, B, Q, past)
         new, real_BQ = self._count(input_ids, real_BQ, B, Q, past)
         seen = (past.seen if past is not None else None) or [0] * len(new)
         layout = build_layout((B, Q), given.device, self.config.grid, seen, new, real_BQ)
-        limit = self.config.max_position_embeddings
-        if self.config.position_encoding == "learned" and max(layout.ends) > limit:
+        learned = self.config.position_encoding == "learned"
+        if learned and max(layout.ends) > (limit := self.config.max_position_embeddings):
             raise ValueError(
                 f"with learned positions a text holds at most max_position_embeddings={limit}, got {max(layout.ends)}"
             )

@@ -70,13 +70,62 @@ def test_prompt_lookup_really_takes_tokens_back(monkeypatch):
         pass
 
 
-def test_candidates_longer_than_the_crop_margin_are_an_error_not_a_wrong_text():
+@pytest.mark.parametrize("given", ["nothing", "a cache", "a book"])
+def test_drafts_longer_than_a_chunk_can_be_taken_back(given, monkeypatch):
     model, ids = tiny_model(), random_ids(1, 30).repeat(1, 3)
+    expected = greedy(model, ids)
     options = {**PLAIN, "prompt_lookup_num_tokens": 25}
+    pasts = {"nothing": lambda: None, "a cache": lambda: ChunkMemoryCache(model.config)}
+    pasts["a book"] = lambda: model.prefill(ids[:, :40], segment_length=7)
+    assert same_bits(model.generate(ids, past_key_values=pasts[given](), **options), expected)
+    # control: a cache that keeps to its own margin
+    monkeypatch.setattr(ChunkMemoryCache, "allow_crop", lambda self, tokens: None)
     with pytest.raises(ValueError, match="larger crop_margin"):
-        model.generate(ids, **options)
-    past = ChunkMemoryCache(model.config, crop_margin=25)
-    assert same_bits(model.generate(ids, past_key_values=past, **options), greedy(model, ids))
+        model.generate(ids, past_key_values=pasts[given](), **{**options, "max_new_tokens": 12})
+
+
+@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
+def test_an_assistant_may_draft_more_than_a_chunk(schedule):
+    model, ids = tiny_model(), random_ids(1, 33)
+    options = {**PLAIN, "max_new_tokens": 40}
+    expected = model.generate(ids, **options)
+    for assistant in (tiny_model(), tiny_model(seed=1, retrieval_groups=[1])):
+        assistant.generation_config.num_assistant_tokens = 9
+        assistant.generation_config.num_assistant_tokens_schedule = schedule
+        assert same_bits(model.generate(ids, assistant_model=assistant, **options), expected)
+
+
+def test_a_draft_by_the_lower_layers_alone_is_refused():
+    with pytest.raises(ValueError, match="assistant_early_exit must be None: .* got 2; use assistant_model"):
+        tiny_model().generate(random_ids(1, 20), assistant_early_exit=2, **PLAIN)
+
+
+def test_beams_behind_one_book_name_what_to_call():
+    model, book = tiny_model(), random_ids(1, 60)
+    past, options = model.prefill(book[:, :50]), {**PLAIN, "num_beams": 3}
+    with pytest.raises(ValueError, match=r"holds 1 rows, got input of 3 rows: call batch_repeat_interleave\(3\)"):
+        model.generate(book, past_key_values=past, **options)
+    past = model.prefill(book[:, :50])
+    past.batch_repeat_interleave(3)
+    assert same_bits(model.generate(book, past_key_values=past, **options), model.generate(book, **options))
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "rule"),
+    [
+        ({"chunk_size": 4}, torch.float64, "another configuration: chunk_size is 5 in it, 4 in the model"),
+        ({"retrieval_groups": [2]}, torch.float64, r"retrieval_groups is \[1, 1\] in it, \[2\] in the model"),
+        ({"num_lower_layers": 3}, torch.float64, "num_lower_layers is 2 in it, 3 in the model"),
+        ({"landmark_source": "mean"}, torch.float64, "landmark_source is 'token' in it, 'mean' in the model"),
+        ({}, torch.float32, "filled in torch.float64, got a model in torch.float32"),
+    ],
+)
+def test_a_cache_of_another_model_is_refused_by_name(changes, dtype, rule):
+    past, ids = tiny_model().prefill(random_ids(1, 30)), random_ids(1, 34)
+    with pytest.raises(ValueError, match=rule):
+        tiny_model(**changes).to(dtype).generate(ids, past_key_values=past, **PLAIN)
+    # nothing was done to it
+    assert same_bits(tiny_model().generate(ids, past_key_values=past, **PLAIN), greedy(tiny_model(), ids))
 
 
 def test_an_assistant_model_drafts_and_the_tokens_are_those_of_greedy():
@@ -196,8 +245,36 @@ def test_lower_only_prefill_leaves_what_crop_and_the_next_tokens_need(length):
         ({"prefill_chunk_size": 4, "use_cache": False}, "need input_ids and a cache"),
         ({"lower_only_prefill": True, "prompt_lookup_num_tokens": 3}, "cannot be had with assisted generation"),
         ({"lower_only_prefil": True}, "lower_only_prefil"),
+        ({"prefill_chunk_size": 0}, "prefill_chunk_size must be an integer of at least 1 or None, got 0"),
+        ({"prefill_chunk_size": 2.5}, "prefill_chunk_size must be an integer of at least 1 or None, got 2.5"),
     ],
 )
 def test_options_that_would_do_nothing_are_refused(options, rule):
     with pytest.raises(ValueError, match=rule):
         tiny_model().generate(random_ids(1, 20), **PLAIN, **options)
+
+
+def test_prompts_that_end_in_padding_are_refused_and_the_message_says_what_to_do():
+    model = tiny_model()
+    ids, mask = padded(random_ids(3, 20), [20, 13, 9], "right")
+    with pytest.raises(ValueError, match=r'padding_side = "left"\), got padding at the end of rows \[1, 2\]'):
+        model.generate(ids, attention_mask=mask, **PLAIN)
+    # control: on the left it is fine
+    ids, mask = padded(random_ids(3, 20), [20, 13, 9], "left")
+    assert model.generate(ids, attention_mask=mask, **PLAIN).shape == (3, 20 + NEW)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"segment_length": 0}, "segment_length must be an integer of at least 1 or None, got 0"),
+        ({"segment_length": 2.5}, "segment_length must be an integer of at least 1 or None, got 2.5"),
+        ({"segment_length": True}, "segment_length must be an integer of at least 1 or None, got True"),
+        ({"past_key_values": {}}, "past_key_values must be a ChunkMemoryCache, got dict"),
+        ({"attention_mask": torch.ones(1, 25)}, r"attention_mask must be \[1, 20\], got \[1, 25\]"),
+        ({"segment": 4}, "segment"),
+    ],
+)
+def test_prefill_refuses_what_it_cannot_serve(options, rule):
+    with pytest.raises((ValueError, TypeError), match=rule):
+        tiny_model().prefill(random_ids(1, 20), **options)

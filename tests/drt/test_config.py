@@ -193,3 +193,16 @@ def test_the_attention_implementation_can_be_switched():
             name
         }
         assert (whole(model, ids) - expected).abs().max() < 1e-9
+
+
+def test_without_a_known_length_there_is_no_attribute_of_that_name(tmp_path):
+    """Other libraries take its value for a number, or its absence for no limit; `None` is neither."""
+    unknown, known = tiny_config(position_encoding="rope"), tiny_config(max_position_embeddings=20)
+    for config in (unknown, known):
+        config.save_pretrained(tmp_path)
+        loaded = DrtConfig.from_pretrained(tmp_path)
+        assert getattr(loaded, "max_position_embeddings", "none") == ("none" if config is unknown else 20)
+    # configurations saved before say null
+    assert not hasattr(DrtConfig(**{**unknown.to_dict(), "max_position_embeddings": None}), "max_position_embeddings")
+    # nothing is cut
+    assert whole(DrtForCausalLM(known).eval(), random_ids(1, 30)).shape == (1, 30, 50)

@@ -93,8 +93,8 @@ def test_across_chunk_borders_the_cache_changes_no_token_and_no_score(changes):
     options = {**GREEDY, "max_new_tokens": 18, "return_dict_in_generate": True, "output_logits": True}
     cached, plain = model.generate(IDS, **options), model.generate(IDS, **options, use_cache=False)
     assert same_bits(cached.sequences, plain.sequences)
-    for one, other in zip(cached.logits, plain.logits, strict=True):
-        assert (one - other).abs().max() < 1e-9
+    # in float32, to which `generate` rounds them
+    assert within_rounding(cached.logits, plain.logits)
     # 18 tokens end three chunks of five or more
     assert cached.past_key_values.memory.counts == [40 // 5] * 2 and cached.past_key_values.seen == [40, 40]
 
