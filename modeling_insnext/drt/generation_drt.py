@@ -126,7 +126,8 @@ class DrtGenerationMixin(GenerationMixin):
         wanted, segment = generation_config.cache_implementation, generation_config.prefill_chunk_size
         if segment is not None and not _is_count(segment):
             raise ValueError(f"prefill_chunk_size must be an integer of at least 1 or None, got {segment!r}")
-        _check_ends(model_kwargs.get("attention_mask"))
+        if not generation_config.is_assistant:
+            _check_ends(model_kwargs.get("attention_mask"))
         steered = model_kwargs.get("lower_only_prefill") or model_kwargs.get("show_progress")
         if generation_mode == GenerationMode.ASSISTED_GENERATION and (steered or segment):
             raise ValueError(f"{PREFILL_OPTIONS} cannot be had with assisted generation: call prefill before")
