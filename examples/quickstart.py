@@ -58,7 +58,7 @@ def write_around_keywords(model, tokenizer) -> None:
 
 def fill_gaps(model, tokenizer) -> None:
     title("Gaps: text is written at the marks only; ___{2,5} bounds the number of tokens")
-    for text in ("The ___ man went to the ___ .", "A dog ___{2,5} in the ___{1,3} ."):
+    for text in ("The ___{1,4} man went to the ___{1,3} .", "A dog ___{2,5} in the ___{1,3} ."):
         out = model.generate(**model.canvas(tokenizer, text), max_new_tokens=20, num_beams=4)
         print(f"{text:40} {read(tokenizer, out[0])}")
 

@@ -96,7 +96,11 @@ def summary(losses: np.ndarray) -> dict:
 def write_texts(
     model, tokenizer, rows: list[dict], batch_size: int, ordered: bool = True, **options
 ) -> tuple[list[str], float]:
-    """Return a text around the concepts of each row, ordered so or not, and tokens encoded per token written."""
+    """Return a text around the concepts of each row, ordered so or not, and tokens encoded per token written.
+
+    Without a penalty on repetition in `options` there is none, whatever the checkpoint's default.
+    """
+    options = {"repetition_penalty": 1.0, **options}
     texts, encoded, written = [], 0, 0
     for first in tqdm(range(0, len(rows), batch_size), desc=str(options), disable=None):
         concepts = [row["concepts"] for row in rows[first : first + batch_size]]

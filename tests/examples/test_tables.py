@@ -7,6 +7,7 @@ import subprocess
 
 import classification_table
 import commongen_table
+import decoding_defaults
 import pytest
 import report
 
@@ -89,3 +90,18 @@ def test_a_difference_by_chance_is_told_from_one_that_is_none():
 
 def test_the_interval_of_seeds_is_student_s():
     assert classification_table.spread([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"
+
+
+def test_the_table_of_decodings_has_a_row_a_setting(data_dir, tmp_path, monkeypatch):
+    kept = {name: decoding_defaults.SETTINGS[name] for name in (decoding_defaults.PLAIN, "repetition_penalty 1.3")}
+    monkeypatch.setattr(decoding_defaults, "SETTINGS", kept)
+    report = decoding_defaults.main(["--data_dir", str(data_dir), "--output", str(tmp_path / "table")])
+    assert set(report["results"]) == set(kept)
+    assert report["results"][decoding_defaults.PLAIN]["p"] == 1
+    lines = (tmp_path / "table.md").read_text().split("\n")
+    assert [line.split(" | ")[0] for line in lines[2:4]] == [f"| {name}" for name in kept]
+
+
+def test_a_text_loops_if_a_pair_of_words_stands_in_it_twice():
+    assert decoding_defaults.loops("A dog and a cat. And a bird.") and decoding_defaults.loops("red red red")
+    assert not decoding_defaults.loops("A dog and a cat and the bird, red red.") and not decoding_defaults.loops("")
