@@ -205,7 +205,13 @@ def make_model(args: ModelArguments, adapter: AdapterArguments, config, new_head
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the metrics of the evaluation."""
     model_args, data, classification, adapter, training = parse(
-        ModelArguments, DataArguments, ClassificationArguments, AdapterArguments, TrainingArguments, args=args
+        ModelArguments,
+        DataArguments,
+        ClassificationArguments,
+        AdapterArguments,
+        TrainingArguments,
+        args=args,
+        description=__doc__,
     )
     data.check_splits(training)
     tokenizer = load_tokenizer(model_args)

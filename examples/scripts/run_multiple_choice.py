@@ -74,7 +74,13 @@ class ChoiceCollator:
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the metrics of the evaluation."""
     model_args, data, choice, adapter, training = parse(
-        ModelArguments, DataArguments, MultipleChoiceArguments, AdapterArguments, TrainingArguments, args=args
+        ModelArguments,
+        DataArguments,
+        MultipleChoiceArguments,
+        AdapterArguments,
+        TrainingArguments,
+        args=args,
+        description=__doc__,
     )
     data.check_splits(training)
     if training.do_predict:

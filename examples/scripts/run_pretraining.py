@@ -178,6 +178,7 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         AdapterArguments,
         TrainingArguments,
         args=args,
+        description=__doc__,
     )
     data.check_splits(training)
     if training.do_predict:

@@ -300,7 +300,7 @@ def choice_report(scores: list[dict]) -> dict:
 
 def main(args: list[str] | None = None) -> dict[str, float]:
     """Run the script; returns the report."""
-    model_args, scoring = parse(ModelArguments, ScoringArguments, args=args)
+    model_args, scoring = parse(ModelArguments, ScoringArguments, args=args, description=__doc__)
     state = PartialState(cpu=scoring.use_cpu)
     if state.num_processes > 1:
         raise ValueError(f"scoring needs one process, got {state.num_processes}")

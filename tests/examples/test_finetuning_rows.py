@@ -6,6 +6,7 @@ import logging
 import pytest
 import run_finetuning
 import torch
+from common import finetuning
 from common.training import write_lines
 from datasets import Dataset, DatasetDict
 from transformers import DataCollatorForSeq2Seq, TrainingArguments
@@ -24,7 +25,7 @@ ROWS = {
 
 def completion_rows(insnext: bool) -> dict:
     args = run_finetuning.FinetuningArguments(task="completion", max_length=20)
-    return run_finetuning.completion_examples(args, word_tokenizer(), insnext)(ROWS)
+    return finetuning.completion_examples(args, word_tokenizer(), insnext)(ROWS)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -67,7 +68,7 @@ def test_the_evaluation_loss_is_per_token_whatever_the_batches(tmp_path):
 
 def test_a_text_that_spells_a_special_token_means_its_letters():
     tokenizer, args = word_tokenizer(), run_finetuning.FinetuningArguments(task="infilling")
-    (ids,) = run_finetuning.insertion_examples(args, tokenizer)({"text": ["the <pad> and </s>"]})["input_ids"]
+    (ids,) = finetuning.insertion_examples(args, tokenizer)({"text": ["the <pad> and </s>"]})["input_ids"]
     assert not {tokenizer.pad_token_id, tokenizer.eos_token_id} & set(ids)
     assert tokenizer.decode(ids[1:]).strip() == "the <pad> and </s>"
 
@@ -139,7 +140,7 @@ def test_the_tokens_of_keywords_are_given_and_what_is_missing_is_counted():
     tokenizer = word_tokenizer()
     args = run_finetuning.FinetuningArguments(task="keywords", keywords_column="words")
     texts, words = [["The old man sees a cat", "a dog"]], [["Old Man", "cat"]]
-    made = run_finetuning.insertion_examples(args, tokenizer)({"text": texts, "words": words})
+    made = finetuning.insertion_examples(args, tokenizer)({"text": texts, "words": words})
     given = [
         tokenizer.decode([token for token, given in zip(*pair, strict=True) if given])
         for pair in zip(made["input_ids"], made["given"], strict=True)

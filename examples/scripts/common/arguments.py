@@ -34,28 +34,28 @@ CoreYaml.yaml_implicit_resolvers = {
 CoreYaml.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("true|True|TRUE|false|False|FALSE"), list("tTfF"))
 
 
-def parse(*classes, args: list[str] | None = None) -> tuple:
+def parse(*classes, args: list[str] | None = None, description: str | None = None) -> tuple:
     """Return one object a class, from the command line; a .json or .yaml file in front gives what flags leave out.
 
-    `--help` shows the arguments of the script, `--help_all` those of `TrainingArguments` too.
+    `--help` shows the description and the arguments of the script, `--help_all` those of `TrainingArguments` too.
     """
     args = sys.argv[1:] if args is None else args
     if {"-h", "--help", "--help_all"} & set(args):
-        print_help(classes, everything="--help_all" in args)
+        print_help(classes, description, everything="--help_all" in args)
         raise SystemExit(0)
     if args and args[0].endswith((".json", ".yaml", ".yml")):
         args = [*flags_of(Path(args[0])), *args[1:]]
     return HfArgumentParser(classes).parse_args_into_dataclasses(args)
 
 
-def print_help(classes, everything: bool) -> None:
+def print_help(classes, description: str | None, everything: bool) -> None:
     """Print what a script is for and its arguments, a group for each class; those of the script itself come first."""
     ours = sorted((one for one in classes if one is not TrainingArguments), key=lambda one: one.__module__ == __name__)
     epilog = None if everything else "All arguments of transformers.TrainingArguments too; --help_all shows them."
     HfArgumentParser(
         [*ours, *(TrainingArguments for _ in classes[len(ours) :] if everything)],
         usage="%(prog)s [FILE.json | FILE.yaml] [--ARGUMENT VALUE ...]",
-        description=sys.modules[ours[0].__module__].__doc__,
+        description=description,
         epilog=epilog if len(classes) > len(ours) else None,
         formatter_class=Help,
     ).print_help()
