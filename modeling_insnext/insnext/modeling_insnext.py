@@ -276,7 +276,11 @@ class InsNextLMOutput(ModelOutput):
 
 
 class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, InsertionScoringMixin):
-    """InsNeXt with slots: writes text by insertion; left to right it is an ordinary causal language model."""
+    """InsNeXt with slots: writes text by insertion; left to right it is an ordinary causal language model.
+
+    `lm_head` takes the states of slots (:meth:`token_logits`), not hidden states: `logits` of `forward` are
+    log-probabilities that no `lm_head(hidden)` gives.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _keys_to_ignore_on_load_unexpected = None

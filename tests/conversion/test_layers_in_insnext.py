@@ -122,6 +122,27 @@ def test_a_wrong_token_type_is_refused_by_name(change, message):
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+@torch.no_grad()
+def test_at_first_a_token_is_read_off_the_state_of_its_left_neighbour(name):
+    source = source_model(name) if name in DECODERS else encoder(name)
+    ours, ids = as_insnext(source, name), random_ids(2, 10)
+    head, hidden = ours.slot_head, ours.model(ids, is_causal=True).last_hidden_state
+    logits = ours.lm_head(head.norm(hidden))
+    logits[..., ours.config.never_inserted] = -torch.inf
+
+    def log_p():
+        """Return log p(token, the text goes on) less log p(it goes on)."""
+        joint = ours(ids).logits
+        joint[..., ours.config.never_inserted] = -torch.inf
+        return joint - joint.logsumexp(-1, keepdim=True)
+
+    assert difference(log_p(), logits.log_softmax(-1)) < CLOSE
+    # control: a head that was drawn reads off something else
+    torch.nn.init.normal_(head.left_proj.weight, std=0.2)
+    assert difference(log_p(), logits.log_softmax(-1)) > 1e-2
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
 def test_what_was_converted_writes_and_trains(name):
     source = source_model(name) if name in DECODERS else encoder(name)
     ours = as_insnext(source, name)

@@ -22,10 +22,10 @@ def alone(model, ids, **fields):
     return model(torch.tensor([ids]), **fields)
 
 
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("changes", [{}, {"attn": "sdpa"}, {"position_encoding": "rotary"}], ids=str)
 @pytest.mark.parametrize("said", [{}, {"return_flash_attn_kwargs": True, "return_seq_idx": True}])
-def test_flattened_documents_are_documents_alone(attn, said):
-    model, batch = tiny_model(attn=attn), flattened(**said)
+def test_flattened_documents_are_documents_alone(changes, said):
+    model, batch = tiny_model(**changes), flattened(**said)
     out = model(**batch)
     expected = [alone(model, ids, labels=torch.tensor([ids])) for ids in TEXTS]
     counts = [len(ids) - 1 for ids in TEXTS]
