@@ -6,11 +6,17 @@
     keys.L, values.L                the window of layer L; states, found.g.chunks, found.g.weights, recent
 
 The header's `__metadata__` has `format`, `version`, and as JSON `model` (the configuration fields in
-`FINGERPRINT_FIELDS`, the data type, a SHA-256 of the weights) and `state` (lengths of rows, what is valid of each
-window). The file is written and read in pieces; as a chunk memory on disk it is mapped where it lies. A changed
-header, another size and places that do not exist are noticed, a flipped bit of the data is not.
+`FINGERPRINT_FIELDS`, the data type, a SHA-256 of the weights), `state` (lengths of rows, what is valid of each
+window), `digests` of all tensors but the chunks, and `digest` of all this; `memory.checksums` [N] has eight bytes a
+chunk. The file is written and read in pieces; as a chunk memory on disk it is mapped where it lies. Any flipped bit is
+found: on loading, but for chunks on disk, each of which is compared when it is first read. Files of version 1 have no
+digests and are read as they are.
+
+A file is written under a temporary name that ends in `.part` and is locked meanwhile; what a killed process left of
+that kind goes when the same path is saved again.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -22,11 +28,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .memory import PIECE, claim_space, map_chunks
+from .memory import PIECE, chunk_checksums, claim_space, map_chunks
 
+
+try:
+    import fcntl
+except ImportError:
+    # not on Windows, where what a killed process left stays
+    fcntl = None
 
 FORMAT = "drt-chunk-memory"
-VERSION = "1"
+VERSION = "2"
+WITHOUT_DIGESTS = "1"
 ALIGNMENT = 4096
 LARGEST_HEADER = 100_000_000
 STATE = {"seen", "columns", "crop_margin", "chunks", "valid"}
@@ -124,16 +137,16 @@ def save_cache(cache, path: str | os.PathLike, model) -> None:
     if not cache.columns:
         raise ValueError("the cache must have read something before it is saved, got 0 tokens")
     model_facts = fingerprint(decoder_of(model))
-    memory, tensors, shapes = cache.memory, {}, {}
+    memory, tensors, kept_N = cache.memory, {}, None
     if memory.slab is not None:
         kept_N, landmarks_ND, table_BN = memory.compact()
-        shapes["memory.chunks"] = (memory.slab.dtype, [len(kept_N), *memory.slab.chunk_shape])
         tensors |= {"memory.landmarks": landmarks_ND, "memory.table": table_BN}
+        # filled while the chunks are written
+        tensors["memory.checksums"] = torch.zeros(len(kept_N), dtype=torch.int64)
     tails = cache.named_tails()
     tensors |= {name: tail.tensor for name, tail in tails.items() if tail.tensor is not None}
     # chunks first, then wide types before narrow ones: everything is aligned
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
-    shapes |= {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
     state = {
         "seen": cache.seen,
         "columns": cache.columns,
@@ -141,25 +154,69 @@ def save_cache(cache, path: str | os.PathLike, model) -> None:
         "chunks": memory.counts,
         "valid": {name: tail.valid for name, tail in tails.items()},
     }
-    header, size = _header(shapes, {"model": model_facts, "state": state})
     path = Path(path)
+    _remove_leftovers(path)
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
         with open(temporary, "xb") as file:
-            claim_space(file, size, f"the chunk memory {path}")
-            file.write(header)
-            if memory.slab is not None:
-                for chunks in memory.pieces(kept_N):
-                    for piece in _bytes_of(chunks):
-                        file.write(piece)
-            for tensor in tensors.values():
-                for piece in _bytes_of(tensor):
-                    file.write(piece)
+            _lock(file)
+            _write(file, memory, kept_N, tensors, {"model": model_facts, "state": state})
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _lock(file) -> bool:
+    """Lock an open file, if nobody else has; where there are no locks, nothing is anybody's."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (AttributeError, OSError):
+        return False
+    return True
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove what processes that are no more left of saving to this path."""
+    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
+        with open(part, "rb") as file:
+            if _lock(file):
+                part.unlink(missing_ok=True)
+
+
+def _write(file, memory, kept_N: torch.Tensor | None, tensors: dict, facts: dict) -> None:
+    """Write the data, and in front of it the header, which holds their digests and has a size that is known before."""
+    shapes = {name: (tensor.dtype, list(tensor.shape)) for name, tensor in tensors.items()}
+    if kept_N is not None:
+        shapes = {"memory.chunks": (memory.slab.dtype, [len(kept_N), *memory.slab.chunk_shape]), **shapes}
+    digests = dict.fromkeys(tensors, _digest().hexdigest())
+    header, size = _header(shapes, {**facts, "digests": digests})
+    claim_space(file, size, "the chunk memory")
+    file.seek(len(header))
+    place = 0
+    for chunks in memory.pieces(kept_N) if kept_N is not None else ():
+        tensors["memory.checksums"][place : place + len(chunks)] = chunk_checksums(chunks)
+        place += len(chunks)
+        for piece in _bytes_of(chunks):
+            file.write(piece)
+    for name, tensor in tensors.items():
+        digest = _digest()
+        for piece in _bytes_of(tensor):
+            digest.update(piece)
+            file.write(piece)
+        digests[name] = digest.hexdigest()
+    file.seek(0)
+    file.write(_header(shapes, {**facts, "digests": digests})[0])
+
+
+def _digest(data: bytes = b""):
+    return hashlib.blake2b(data, digest_size=16)
+
+
+def header_digest(facts: dict, shapes: dict) -> str:
+    """Return the digest of what a header says: its facts, and the names, types and shapes of its tensors."""
+    return _digest(json.dumps([facts, shapes], sort_keys=True).encode()).hexdigest()
 
 
 def _header(shapes: dict, facts: dict) -> tuple[bytes, int]:
@@ -170,6 +227,8 @@ def _header(shapes: dict, facts: dict) -> tuple[bytes, int]:
         end = begin + int(np.prod(shape)) * dtype.itemsize
         entries[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
         begin = end
+    described = {name: [DTYPE_NAMES[dtype], shape] for name, (dtype, shape) in shapes.items()}
+    metadata["digest"] = header_digest(facts, described)
     text = json.dumps(entries).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text, 8 + len(text) + begin
@@ -190,7 +249,7 @@ def read_header(path: str | os.PathLike) -> tuple[dict, dict[str, Entry]]:
             found = metadata["format"], metadata["version"]
         except (ValueError, AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path} must be a saved chunk memory, got a file without its header") from error
-    if found != (FORMAT, VERSION):
+    if found not in ((FORMAT, VERSION), (FORMAT, WITHOUT_DIGESTS)):
         raise ValueError(f"{path} must be of format {FORMAT} version {VERSION}, got {' version '.join(found)}")
     try:
         entries, end = {}, 0
@@ -200,9 +259,13 @@ def read_header(path: str | os.PathLike) -> tuple[dict, dict[str, Entry]]:
             if begin != end or entry["data_offsets"][1] != begin + int(np.prod(shape)) * dtype.itemsize:
                 raise ValueError(name)
             end = entry["data_offsets"][1]
-        facts = {name: json.loads(metadata[name]) for name in ("model", "state")}
+        names = ("model", "state") if found[1] == WITHOUT_DIGESTS else ("model", "state", "digests")
+        facts = {name: json.loads(metadata[name]) for name in names}
         if set(facts["state"]) != STATE:
             raise KeyError("state")
+        described = {name: [DTYPE_NAMES[entry.dtype], list(entry.shape)] for name, entry in entries.items()}
+        if "digests" in facts and metadata["digest"] != header_digest(facts, described):
+            raise ValueError("it does not say what was written")
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path} has a damaged header: {error}") from error
     if size != 8 + length + end:
@@ -227,35 +290,57 @@ def load_cache(cls, path: str | os.PathLike, model, location: str, folder: str |
     cache = cls(decoder.config, location, folder, search, state["crop_margin"])
     _check_state(path, state, entries, cache, decoder)
     cache.seen, cache.columns = state["seen"], state["columns"]
+    digests = facts.get("digests", {})
+    held = {name: _read(path, name, entry, digests) for name, entry in entries.items() if name != "memory.chunks"}
     for name, tail in cache.named_tails().items():
         tail.valid = state["valid"][name]
-        if name in entries:
-            tail.tensor = _read(path, entries[name]).to("cpu" if name == "recent" else decoder.device)
+        if name in held:
+            tail.tensor = held[name].to("cpu" if name == "recent" else decoder.device)
     if "memory.chunks" in entries:
-        _fill_memory(cache.memory, path, entries, state["chunks"], decoder)
+        _fill_memory(cache.memory, path, entries["memory.chunks"], held, state["chunks"], decoder.device)
     return cache
 
 
-def _fill_memory(memory, path, entries: dict[str, Entry], counts: list[int], decoder) -> None:
-    chunks, landmarks = entries["memory.chunks"], entries["memory.landmarks"]
-    places, table_BN = chunks.shape[0], _read(path, entries["memory.table"])
+def _fill_memory(memory, path, chunks: Entry, held: dict[str, torch.Tensor], counts: list[int], device) -> None:
+    landmarks_ND, table_BN, checksums_N = (held.get(f"memory.{n}") for n in ("landmarks", "table", "checksums"))
+    places = chunks.shape[0]
     if table_BN.numel() and not 0 <= int(table_BN.min()) <= int(table_BN.max()) < places:
         raise ValueError(f"{path} is damaged: its table names places outside of the {places} chunks it has")
-    memory.begin(len(counts), chunks.shape[1:], landmarks.shape[1], chunks.dtype, decoder.device)
+    memory.begin(len(counts), chunks.shape[1:], landmarks_ND.shape[1], chunks.dtype, device)
     pieces = []
     if places and memory.location == "disk":
-        memory.slab.map_saved(path, chunks.begin, places)
+        memory.slab.map_saved(path, chunks.begin, places, checksums_N)
     elif places:
         memory.slab.reserve(places)
         mapped = map_chunks(path, chunks.begin, chunks.shape, chunks.dtype, mode="r")
-        pieces = mapped.split(max(PIECE // mapped[0].nbytes, 1))
-    memory.fill(pieces, _read(path, landmarks), table_BN, counts)
+        pieces = _checked(path, mapped.split(max(PIECE // mapped[0].nbytes, 1)), checksums_N)
+    memory.fill(pieces, landmarks_ND, table_BN, counts)
 
 
-def _read(path, entry: Entry) -> torch.Tensor:
+def _checked(path, pieces, checksums_N: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """Return the chunks in pieces, each compared with its checksum."""
+    place = 0
+    for piece in pieces:
+        if checksums_N is not None:
+            wrong = (chunk_checksums(piece) != checksums_N[place : place + len(piece)]).nonzero()
+            if len(wrong):
+                raise ValueError(f"{path} is damaged: chunk {place + int(wrong[0])} is not what was written")
+        place += len(piece)
+        yield piece
+
+
+def _read(path, name: str, entry: Entry, digests: dict[str, str]) -> torch.Tensor:
     if 0 in entry.shape:
         return torch.empty(entry.shape, dtype=entry.dtype)
-    return map_chunks(path, entry.begin, entry.shape, entry.dtype, mode="r").clone()
+    size = int(np.prod(entry.shape)) * entry.dtype.itemsize
+    # bytes as they lie there: a copy of booleans would make them ones
+    raw = map_chunks(path, entry.begin, (size,), torch.uint8, mode="r")
+    digest = _digest()
+    for piece in _bytes_of(raw):
+        digest.update(piece)
+    if digests.get(name, digest.hexdigest()) != digest.hexdigest():
+        raise ValueError(f"{path} is damaged: {name} is not what was written")
+    return raw.view(entry.dtype).view(entry.shape).clone()
 
 
 def _check_model(path, saved: dict, decoder) -> None:
@@ -294,11 +379,13 @@ def _check_state(path, state: dict, entries: dict[str, Entry], cache, decoder) -
         "memory.chunks": (dtype, (N, 2, G, S, d)),
         "memory.landmarks": (dtype, (N, None)),
         "memory.table": (torch.int64, (B, max(complete, default=0))),
+        "memory.checksums": (torch.int64, (N,)),
     }
     tails = cache.named_tails()
-    allowed = {*tails, *(["memory.chunks", "memory.landmarks", "memory.table"] if complete else [])}
-    fits = state["chunks"] == complete and set(state["valid"]) == set(tails) and set(entries) <= allowed
-    fits &= set(entries) - set(tails) == allowed - set(tails)
+    demanded = {"memory.chunks", "memory.landmarks", "memory.table"} if complete else set()
+    demanded |= {"memory.checksums"} & set(entries) if complete else set()
+    fits = state["chunks"] == complete and set(state["valid"]) == set(tails)
+    fits &= set(entries) - set(tails) == demanded
     for name, entry in entries.items() if fits else ():
         kind, shape = kinds[".".join(part for part in name.split(".") if not part.isdigit())]
         fits &= entry.dtype == kind and len(entry.shape) == len(shape)

@@ -9,12 +9,14 @@ width.
 """
 
 import errno
+import hashlib
 import os
 import tempfile
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -124,6 +126,39 @@ class HostSlab:
         return sum(part.nbytes for part in self.parts)
 
 
+def chunk_checksums(chunks: torch.Tensor) -> torch.Tensor:
+    """Return eight bytes of BLAKE2b over the bytes of each chunk, int64 `[N]`."""
+    if not len(chunks):
+        return torch.zeros(0, dtype=torch.int64)
+    rows = chunks.detach().cpu().contiguous().view(len(chunks), -1).view(torch.uint8).numpy()
+    digests = (hashlib.blake2b(row, digest_size=8).digest() for row in rows)
+    return torch.tensor([int.from_bytes(digest, "little", signed=True) for digest in digests])
+
+
+class SavedChunks(NamedTuple):
+    """Chunks in a file: their checksums, if it has any, and which have been compared with them."""
+
+    path: str | os.PathLike
+    checksums_N: torch.Tensor | None
+    checked_N: torch.Tensor
+
+    def check(self, places_N: torch.Tensor, chunks: torch.Tensor) -> None:
+        """Compare those of the chunks that lie in the file and were not read before.
+
+        Raises:
+            ValueError: If one is not what was written.
+        """
+        new = places_N < len(self.checked_N)
+        new &= ~self.checked_N[places_N.clamp_max(len(self.checked_N) - 1)]
+        if not new.any():
+            return
+        places_N = places_N[new]
+        wrong = places_N[chunk_checksums(chunks[new]) != self.checksums_N[places_N]]
+        if len(wrong):
+            raise ValueError(f"{self.path} is damaged: chunk {int(wrong[0])} is not what was written")
+        self.checked_N[places_N] = True
+
+
 class DiskSlab(HostSlab):
     """Chunks in a memory-mapped file without a name: the system takes it back with the memory, or with the process.
 
@@ -137,6 +172,7 @@ class DiskSlab(HostSlab):
         super().__init__(chunk_shape, dtype, device)
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
+        self.saved: SavedChunks | None = None
         self.file = tempfile.TemporaryFile(prefix="drt-", suffix=".memory", dir=folder)
         weakref.finalize(self, self.file.close)
 
@@ -145,10 +181,20 @@ class DiskSlab(HostSlab):
         claim_space(self.file, places * self.chunk_bytes, f"{places} more chunks of the memory of {self.places}")
         return map_chunks(self.file, offset, (places, *self.chunk_shape), self.dtype, mode="r+")
 
-    def map_saved(self, path: str | os.PathLike, offset: int, places: int) -> None:
-        """Take the chunks that lie in a file at `offset`; they are read there and never written."""
+    def map_saved(self, path, offset: int, places: int, checksums_N: torch.Tensor | None) -> None:
+        """Take the chunks that lie in a file at `offset`; they are read there and never written.
+
+        A chunk is compared with its checksum when it is first read.
+        """
         self.add_extent(map_chunks(path, offset, (places, *self.chunk_shape), self.dtype, mode="r"))
         self.frozen = self.places
+        self.saved = SavedChunks(path, checksums_N, torch.zeros(places, dtype=torch.bool))
+
+    def gather(self, places_N: torch.Tensor) -> torch.Tensor:
+        chunks = super().gather(places_N)
+        if self.saved is not None and self.saved.checksums_N is not None:
+            self.saved.check(places_N, chunks)
+        return chunks
 
 
 def claim_space(file, count: int, purpose: str) -> None:

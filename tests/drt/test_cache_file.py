@@ -1,7 +1,9 @@
 """A saved cache: goes on as the original, to the last bit; belongs to its model; is written whole or not at all."""
 
 import errno
+import fcntl
 import json
+import math
 import os
 import resource
 
@@ -12,7 +14,7 @@ from safetensors.torch import save_file
 
 from modeling_insnext import ChunkMemoryCache
 from modeling_insnext.drt import cache_file
-from modeling_insnext.drt.cache_file import decoder_of, read_header, weights_digest
+from modeling_insnext.drt.cache_file import decoder_of, header_digest, read_header, weights_digest
 from tests.support.drt import padded, random_ids, read, tiny_model
 from tests.support.equality import same_bits, within_rounding
 
@@ -175,17 +177,28 @@ def test_bfloat16_is_saved_as_it_is(tmp_path):
     go_on_alike(model, past, path, "disk")
 
 
-def spoiled(change):
-    """Return a function that rewrites the JSON header of a file."""
+def spoiled(change, sign=True):
+    """Return a function that rewrites the JSON header of a file, and its digest unless it is to show."""
 
     def spoil(data):
         length = int.from_bytes(data[:8], "little")
         header = json.loads(data[8 : 8 + length])
         change(header)
+        metadata = header["__metadata__"]
+        if sign and {"model", "state", "digests"} <= set(metadata):
+            facts = {name: json.loads(metadata[name]) for name in ("model", "state", "digests")}
+            shapes = {name: [entry["dtype"], entry["shape"]] for name, entry in header.items() if "dtype" in entry}
+            metadata["digest"] = header_digest(facts, shapes)
         text = json.dumps(header).encode()
         return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
     return spoil
+
+
+def as_version_1(header):
+    metadata = header["__metadata__"]
+    metadata.update(version="1")
+    del metadata["digests"], metadata["digest"]
 
 
 def change_state(header, **values):
@@ -200,13 +213,14 @@ BAD_FILES = {
     "half a header": (lambda data: data[:100], "must be a saved chunk memory"),
     "empty": (lambda data: b"", "must be a saved chunk memory"),
     "noise": (lambda data: bytes(range(256)) * 20, "must be a saved chunk memory"),
-    "another version": (spoiled(lambda h: h["__metadata__"].update(version="2")), "version 1, got .* version 2"),
+    "another version": (spoiled(lambda h: h["__metadata__"].update(version="3")), "version 2, got .* version 3"),
     "other safetensors": (spoiled(lambda h: h.update(__metadata__={"format": "pt"})), "must be a saved chunk memory"),
     "a hole": (spoiled(lambda h: h["states"]["data_offsets"].__setitem__(0, 1)), "damaged header"),
     "odd type": (spoiled(lambda h: h["states"].update(dtype="F8")), "damaged header: 'F8'"),
     "no state": (spoiled(lambda h: h["__metadata__"].update(state="{}")), "damaged header"),
     "other lengths": (spoiled(lambda h: change_state(h, seen=[33, 60])), r"does not fit the \[33, 60\] tokens"),
     "no chunks": (spoiled(lambda h: change_state(h, chunks=[6])), "does not fit"),
+    "unsigned": (spoiled(lambda h: change_state(h, columns=34), sign=False), "it does not say what was written"),
 }
 
 
@@ -231,8 +245,66 @@ def test_places_that_do_not_exist_are_noticed(tmp_path):
     data = bytearray(path.read_bytes())
     data[begin : begin + 8] = (12).to_bytes(8, "little")
     path.write_bytes(data)
+    with pytest.raises(ValueError, match="memory.table is not what was written"):
+        ChunkMemoryCache.load(path, model)
+    # without digests as well
+    path.write_bytes(spoiled(as_version_1)(bytes(data)))
     with pytest.raises(ValueError, match="places outside of the 12 chunks"):
         ChunkMemoryCache.load(path, model)
+
+
+@pytest.mark.parametrize("location", LOCATIONS)
+def test_any_flipped_bit_is_found_before_an_answer(location, tmp_path):
+    """On loading, or for chunks on disk when the first pass reads them: every chunk is asked for here."""
+    model, path, more = tiny_model(num_retrieved_chunks=8), tmp_path / "book", random_ids(2, 5, seed=1)
+    past = saved(model, path)
+    expected, data = read(model, more, past, 5), path.read_bytes()
+
+    def answer():
+        return read(model, more, ChunkMemoryCache.load(path, model, location), 5)
+
+    assert within_rounding(answer(), expected)
+    entries = read_header(path)[1]
+    starts = [0, 8, 300, *(entry.begin for entry in entries.values() if 0 not in entry.shape)]
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randint(0, len(data), (40,), generator=generator).tolist()
+    for place in [*starts, *places, len(data) - 1]:
+        bit = 1 << int(torch.randint(0, 8, (1,), generator=generator))
+        path.write_bytes(data[:place] + bytes([data[place] ^ bit]) + data[place + 1 :])
+        with pytest.raises(ValueError, match="book"):
+            answer()
+    # control: the same file without digests gives another answer and no error
+    entry = entries["values.0"]
+    last = entry.begin + math.prod(entry.shape) * 8 - 2
+    path.write_bytes(spoiled(as_version_1)(data[:last] + bytes([data[last] ^ 8]) + data[last + 1 :]))
+    assert not within_rounding(answer(), expected)
+
+
+def test_files_of_version_1_are_read_as_they_are(tmp_path):
+    model, path = tiny_model(), tmp_path / "book"
+    past = saved(model, path)
+    path.write_bytes(spoiled(as_version_1)(path.read_bytes()))
+    assert "digests" not in read_header(path)[0]
+    go_on_alike(model, past, path, "disk")
+
+
+def test_what_a_killed_process_left_goes_when_the_path_is_saved_again(tmp_path):
+    model, path = tiny_model(), tmp_path / "book"
+    child = os.fork()
+    if not child:
+        # a kill gives no chance to tidy up
+        cache_file.os.fsync = lambda handle: os._exit(9)
+        saved(model, path)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    (left,) = os.listdir(tmp_path)
+    assert left.endswith(".part") and os.path.getsize(tmp_path / left) > 4096
+    with open(tmp_path / "book.11111111.part", "wb") as file:
+        # control: one that somebody is writing stays
+        fcntl.flock(file, fcntl.LOCK_EX)
+        saved(model, path)
+        assert sorted(os.listdir(tmp_path)) == ["book", "book.11111111.part"]
+    saved(model, path)
+    assert os.listdir(tmp_path) == ["book"]
 
 
 def test_an_empty_cache_has_nothing_to_save(tmp_path):
