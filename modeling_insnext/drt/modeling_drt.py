@@ -62,6 +62,8 @@ class DrtPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # decoder and head are taken from language models as well
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save weights, configuration and code: a folder for every Auto class with `trust_remote_code=True`."""
@@ -368,6 +370,7 @@ class DrtForCausalLM(DrtPreTrainedModel, DrtGenerationMixin):
     """DRT with a language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _keys_to_ignore_on_load_unexpected = None
 
     def __init__(self, config: DrtConfig):
         super().__init__(config)

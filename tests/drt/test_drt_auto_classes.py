@@ -78,6 +78,14 @@ def test_the_decoder_of_a_checkpoint_is_loaded_whole(checkpoint):
     assert within_rounding(read(decoder), read(model.model))
 
 
+def test_a_decoder_is_loaded_from_an_untied_language_model_without_a_report(tmp_path):
+    shipped_model(tie_word_embeddings=False).save_pretrained(tmp_path)
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
+    for auto_class, missing in ((AutoModel, set()), (AutoModelForSequenceClassification, {"score.weight"})):
+        _, report = auto_class.from_pretrained(tmp_path, output_loading_info=True)
+        assert set(report.pop("missing_keys")) == missing and not any(report.values()), report
+
+
 def test_a_head_gets_the_weights_of_the_language_model_and_a_new_classifier(checkpoint, tmp_path):
     folder, model = checkpoint
     torch.manual_seed(1)
