@@ -5,9 +5,14 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# the oldest releases that setup.py allows, on the oldest Python that is here
+OLDEST ?= .venv-oldest
+OLDEST_PYTHON ?= $(or $(shell command -v python3.10),$(PYTHON))
+OLDEST_PINS := "torch==2.9.*" "transformers==5.17.*" "huggingface_hub==1.31.*"
+OUTSIDE ?= .venv-outside
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: venv demo test lint format slow gpu clean
+.PHONY: venv demo test lint format slow oldest outside gpu clean
 
 venv: $(STAMP)
 
@@ -24,6 +29,7 @@ demo: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m tests.support.dead_names
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -35,10 +41,23 @@ test: lint
 slow: $(STAMP)
 	$(PYTEST) -m slow
 
+# the other end of the ranges than `make test`, which takes the newest
+oldest:
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install $(OLDEST_PINS) -e ".[train,test]"
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(WORKERS) tests/insnext tests/drt tests/data
+
+# libraries around ours, in an environment of their own: trainers of TRL, sentence-transformers, lm-eval, quantisation
+outside:
+	$(PYTHON) -m venv $(OUTSIDE)
+	$(OUTSIDE)/bin/python -m pip install -c constraints.txt torch
+	$(OUTSIDE)/bin/python -m pip install -c constraints.txt -e ".[train,test,outside]"
+	OMP_NUM_THREADS=1 $(OUTSIDE)/bin/python -m pytest -m outside tests/outside
+
 # on a machine with a GPU, PyTorch, Triton, Transformers and pytest: tests and benchmarks, nothing is installed
 gpu:
 	$(PYTHON) kernels/benchmarks/run.py $(if $(OUT),--out "$(OUT)")
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(OUTSIDE) build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

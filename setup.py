@@ -28,7 +28,6 @@ setup(
     license="Apache-2.0",
     packages=PACKAGES,
     package_dir=PACKAGE_DIR,
-    package_data={"modeling_insnext": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "huggingface_hub>=1.31",
@@ -42,6 +41,7 @@ setup(
         "eval": ["lm-eval", "nltk"],
         "faiss": ["faiss-cpu"],
         "triton": TRITON,
-        "test": [*TRAIN, *TRITON, "faiss-cpu", "hypothesis", "pytest>=9", "pytest-xdist", "ruff"],
+        "test": [*TRAIN, *TRITON, "faiss-cpu", "hypothesis", "pytest>=9", "pytest-xdist", "ruff", "vulture"],
+        "outside": ["bitsandbytes", "lm-eval", "sentence-transformers", "torchao", "trl"],
     },
 )

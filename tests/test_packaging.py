@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import modeling_insnext
+from tests.support.dead_names import dead_names
 
 
 ROOT = Path(__file__).parents[1]
@@ -86,10 +87,6 @@ def test_the_version_stands_in_one_place():
     assert assigned.search('[project]\nversion = "1.2"')
     files = [path for path in project_files() if path.suffix in (".py", ".toml", ".cfg")]
     assert [path for path in files if assigned.search(source_text(path))] == [ROOT / "modeling_insnext/__init__.py"]
-
-
-def test_the_package_says_that_it_is_typed():
-    assert (Path(modeling_insnext.__file__).parent / "py.typed").exists()
 
 
 def test_no_machine_path_is_committed():
@@ -169,6 +166,15 @@ def test_a_file_of_a_model_works_as_remote_code(path):
 )
 def test_faulty_remote_code_is_noticed(text):
     assert remote_code_faults(text, {"slots"})
+
+
+def test_a_name_that_nobody_uses_is_found_and_one_that_a_reader_uses_is_not(tmp_path):
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "code.py").write_text("LIMIT = 3\n\n\ndef used():\n    pass\n\n\ndef dead():\n    used()\n")
+    (tmp_path / "reader.py").write_text("from ours.code import LIMIT\n\nprint(LIMIT)\n")
+    found = dead_names([tmp_path / "ours"], [tmp_path / "reader.py"])
+    assert [line.split(": ")[1].split(" (")[0] for line in found] == ["unused function 'dead'"]
+    assert len(dead_names([tmp_path / "ours"], [])) == 2
 
 
 HIDE_OPTIONAL_PACKAGES = """

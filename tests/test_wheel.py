@@ -29,7 +29,6 @@ from modeling_insnext.data import InsertionCollator
 from transformers import AutoModelForCausalLM
 
 assert all(Path(module.__file__).is_relative_to(site) for module in (modeling_insnext, insnext_kernels))
-assert (site / "modeling_insnext" / "py.typed").exists()
 shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 drt = {"num_lower_layers": 1, "retrieval_groups": [1], "chunk_size": 4, "sliding_window": 8}
 ids = torch.arange(3, 23)[None]

@@ -44,6 +44,7 @@ def distance(first: Path, second: Path) -> float:
     return max(abs(a - b) / abs(b) for left, right in pairs for a, b in zip(left, right, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MAKERS)
 def test_two_gloo_processes_train_as_one(model_type, home, tmp_path):
     run("run_pretraining", arguments(home, model_type, tmp_path / "one", 4), tmp_path / "log")
@@ -115,6 +116,7 @@ def sharded(model_type: str, rank: int, port: int, result: str) -> None:
     os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", MAKERS)
 def test_fsdp2_over_no_split_modules_trains_as_one_process(model_type, tmp_path):
     model, batch = model_and_batch(model_type)

@@ -61,6 +61,7 @@ def check(found: list[dict], dtype: str, D: int, S: int) -> None:
         assert report["registers"] <= 255 and report["stack"] <= allowed, report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "D", "S", "M", "group"),
     [("bfloat16", 64, 64, 65, 1), ("float16", 128, 65, 64, 4), ("float32", 64, 64, 64, 1)],

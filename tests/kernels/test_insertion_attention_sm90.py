@@ -47,6 +47,7 @@ def check(found: list[dict], names: list[str], stack: int) -> None:
         assert report["registers"] <= 255 and report["stack"] <= stack, report
 
 
+@pytest.mark.slow
 def test_the_kernels_of_training_and_decoding_compile_for_hopper():
     found = reports("bfloat16", 64)
     # the few bytes of the keys' kernel are spilled outside its loops
