@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import Interval
-from .slots import STATES_PER_CHUNK, InsNextSlotHead, SlotTable, missing_units, slot_table
+from .slots import InsNextSlotHead, SlotTable, missing_units, slot_table
 from .supervision import Supervision, TargetKind
 
 
@@ -20,6 +20,7 @@ except ImportError:
     slot_cross_entropy = None
 
 
+STATES_PER_CHUNK = 512
 TOKENS_PER_CHUNK = 2048
 
 

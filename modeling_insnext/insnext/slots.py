@@ -27,8 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-
-STATES_PER_CHUNK = 512
+from .neighbours import neighbours
 
 
 class SlotTable(NamedTuple):
@@ -60,34 +59,6 @@ class SlotTable(NamedTuple):
         return living & (text_BS[:, None] == start_BN[:, states, None])
 
 
-def neighbours(
-    positions_BN: torch.Tensor, start_BN: torch.Tensor, horizon_BN: torch.Tensor, older: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the indices of the nearest visible token to the left (-1 if none) and to the right (N if none).
-
-    Args:
-        positions_BN: Integers whose order is the order of the text.
-        start_BN: First key of each entry's interval.
-        horizon_BN: Last key of each entry's interval.
-        older: Whether to leave out the tokens that were encoded in the same block.
-    """
-    B, N = positions_BN.shape
-    key_N = torch.arange(N, device=positions_BN.device)
-    low, high = torch.iinfo(positions_BN.dtype).min, torch.iinfo(positions_BN.dtype).max
-    lefts, rights = [], []
-    for first in range(0, N, STATES_PER_CHUNK):
-        rows = slice(first, first + STATES_PER_CHUNK)
-        seen = (key_N >= start_BN[:, rows, None]) & (key_N <= horizon_BN[:, rows, None])
-        if older:
-            seen &= horizon_BN[:, None] < horizon_BN[:, rows, None]
-        keys, query = positions_BN[:, None], positions_BN[:, rows, None]
-        left_value, left = keys.masked_fill(~(seen & (keys < query)), low).max(2)
-        right_value, right = keys.masked_fill(~(seen & (keys > query)), high).min(2)
-        lefts.append(torch.where(left_value == low, -1, left))
-        rights.append(torch.where(right_value == high, N, right))
-    return torch.cat(lefts, 1), torch.cat(rights, 1)
-
-
 def slot_table(positions_BN: torch.Tensor, start_BN: torch.Tensor, horizon_BN: torch.Tensor) -> SlotTable:
     """Derive every slot of an insertion sequence from who was encoded when.
 
@@ -105,8 +76,7 @@ def slot_table(positions_BN: torch.Tensor, start_BN: torch.Tensor, horizon_BN: t
     B, N = positions_BN.shape
     device = positions_BN.device
     entry_BN = torch.arange(N, device=device).expand(B, N)
-    newest_left, newest_right = neighbours(positions_BN, start_BN, horizon_BN, older=False)
-    older_left, older_right = neighbours(positions_BN, start_BN, horizon_BN, older=True)
+    newest_left, newest_right, older_left, older_right = neighbours(positions_BN, start_BN, horizon_BN)
 
     horizon_left = horizon_BN.gather(1, newest_left.clamp_min(0))
     makes_b = (newest_left >= 0) & (horizon_left < horizon_BN)

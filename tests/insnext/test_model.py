@@ -3,17 +3,15 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import modeling_insnext.insnext.slot_losses as slot_losses
-import modeling_insnext.insnext.slots as slots
 from modeling_insnext import InsertionCache, InsNextConfig, InsNextForInsertionLM, InsNextModel
 from modeling_insnext.insnext.attention import Interval, build_interval
 from modeling_insnext.insnext.supervision import Supervision
 from tests.support.built_text import build_row, losses_by_state, packed_rows, random_ids, random_text
 from tests.support.equality import difference, same_bits
 from tests.support.insnext import tiny_model
+from tests.support.largest import LargestTensor
 
 
 BUDGET = 1e-10
@@ -368,22 +366,8 @@ def test_losses_in_chunks_equal_losses_at_once(monkeypatch):
         assert difference(actual[name], expected[name]) < BUDGET, name
 
 
-class LargestTensor(TorchDispatchMode):
-    """Remember the number of elements of the largest tensor that any operator returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.largest = max(self.largest, leaf.numel())
-        return out
-
-
 def test_training_holds_no_table_of_all_states_and_slots_or_words(monkeypatch):
-    for module in (slots, slot_losses):
-        monkeypatch.setattr(module, "STATES_PER_CHUNK", 16)
+    monkeypatch.setattr(slot_losses, "STATES_PER_CHUNK", 16)
     monkeypatch.setattr(slot_losses, "TOKENS_PER_CHUNK", 16)
     n, vocab = 1024, 600
     model = tiny_model(dtype=torch.float32, hidden_size=8, intermediate_size=8, num_attention_heads=1,
@@ -398,8 +382,7 @@ def test_training_holds_no_table_of_all_states_and_slots_or_words(monkeypatch):
         losses = slot_losses.insertion_losses(model, hidden, ids, interval, supervision)
         (losses[0].sum() + losses[1].sum()).backward()
     assert seen.largest <= 16 * (2 * n + 1)
-    for module in (slots, slot_losses):
-        monkeypatch.setattr(module, "STATES_PER_CHUNK", n)
+    monkeypatch.setattr(slot_losses, "STATES_PER_CHUNK", n)
     with LargestTensor() as seen:
         slot_losses.insertion_losses(model, hidden, ids, interval, supervision)
     assert seen.largest >= n * 2 * n

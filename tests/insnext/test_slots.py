@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import modeling_insnext.insnext.slots as slots
 from modeling_insnext.insnext.attention import build_interval
+from modeling_insnext.insnext.neighbours import neighbours
 from modeling_insnext.insnext.slots import missing_units, slot_table
 from modeling_insnext.insnext.supervision import TargetKind
 from tests.support.built_text import build_row, losses_by_state, packed_rows, random_ids
 from tests.support.equality import difference, same_bits
 from tests.support.insnext import tiny_model
+from tests.support.largest import LargestTensor
 
 
 EXAMPLES = settings(max_examples=80, deadline=None, derandomize=True)
@@ -120,17 +121,43 @@ def test_missing_units_are_counted_in_the_final_text(row, data):
         assert int(missing[slot]) == sum(bool(starts[0, entry]) for entry in inside)
 
 
+def neighbours_by_definition(positions_BN, start_BN, horizon_BN, older):
+    """Return the nearest tokens left and right of each among those it saw; `[B, N, N]`."""
+    N = positions_BN.shape[1]
+    key_N = torch.arange(N)
+    seen = (key_N >= start_BN[..., None]) & (key_N <= horizon_BN[..., None])
+    if older:
+        seen &= horizon_BN[:, None] < horizon_BN[..., None]
+    keys, query = positions_BN[:, None], positions_BN[..., None]
+    low, high = -(2**40), 2**40
+    left_value, left = keys.masked_fill(~(seen & (keys < query)), low).max(2)
+    right_value, right = keys.masked_fill(~(seen & (keys > query)), high).min(2)
+    return torch.where(left_value == low, -1, left), torch.where(right_value == high, N, right)
+
+
 @EXAMPLES
 @given(packed_rows())
-def test_one_state_at_a_time_finds_the_same_table(row):
-    whole = table_of(row)
-    chunk = slots.STATES_PER_CHUNK
-    try:
-        slots.STATES_PER_CHUNK = 3
-        parts = table_of(row)
-    finally:
-        slots.STATES_PER_CHUNK = chunk
-    assert same_bits(whole, parts)
+def test_neighbours_are_the_nearest_tokens_that_were_seen(row):
+    tensors = row.tensors()
+    newest, older = (neighbours_by_definition(*tensors, older) for older in (False, True))
+    assert same_bits(list(neighbours(*tensors)), [*newest, *older])
+
+
+def test_neighbours_in_long_rows_are_found_without_a_table_of_pairs():
+    generator = torch.Generator().manual_seed(0)
+    n = 700
+    start = torch.cat([torch.zeros(500, dtype=torch.long), torch.full((200,), 500)]).expand(2, n)
+    positions = torch.stack(
+        [torch.cat([torch.randperm(m, generator=generator) for m in (500, 200)]) for _ in range(2)]
+    )
+    horizon = torch.arange(n).expand(2, n).clone()
+    horizon[:, :64], horizon[:, 500:530] = 63, 529
+    newest, older = (neighbours_by_definition(positions, start, horizon, older) for older in (False, True))
+    with LargestTensor() as seen:
+        found = neighbours(positions, start, horizon)
+    assert same_bits(list(found), [*newest, *older]) and seen.largest <= 2 * (n + 1)
+    # control: blocks of several tokens tell the two apart
+    assert not same_bits(list(newest), list(older))
 
 
 def orders_after(context, written, total):
