@@ -181,7 +181,7 @@ class DiskSlab(HostSlab):
         claim_space(self.file, places * self.chunk_bytes, f"{places} more chunks of the memory of {self.places}")
         return map_chunks(self.file, offset, (places, *self.chunk_shape), self.dtype, mode="r+")
 
-    def map_saved(self, path, offset: int, places: int, checksums_N: torch.Tensor | None) -> None:
+    def map_saved(self, path, offset: int, places: int, checksums_N: torch.Tensor | None = None) -> None:
         """Take the chunks that lie in a file at `offset`; they are read there and never written.
 
         A chunk is compared with its checksum when it is first read.
