@@ -17,6 +17,7 @@ if (HERE / "kernels" / "insnext_kernels").is_dir():
     PACKAGE_DIR["insnext_kernels"] = "kernels/insnext_kernels"
 
 TRITON = ["triton>=3.5; platform_system == 'Linux'"]
+GGUF = ["gguf>=0.17"]
 TRAIN = ["accelerate", "datasets", "evaluate", "matplotlib", "peft", "sacrebleu", "tqdm"]
 
 setup(
@@ -40,8 +41,9 @@ setup(
         "train": TRAIN,
         "eval": ["lm-eval", "nltk"],
         "faiss": ["faiss-cpu"],
+        "gguf": GGUF,
         "triton": TRITON,
-        "test": [*TRAIN, *TRITON, "faiss-cpu", "hypothesis", "pytest>=9", "pytest-xdist", "ruff", "vulture"],
+        "test": [*TRAIN, *TRITON, *GGUF, "faiss-cpu", "hypothesis", "pytest>=9", "pytest-xdist", "ruff", "vulture"],
         "outside": ["bitsandbytes", "lm-eval", "sentence-transformers", "torchao", "trl"],
     },
 )

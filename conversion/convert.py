@@ -425,7 +425,7 @@ def main(family: Family, module: str, description: str, argv: list[str] | None =
         parser.error(f"{named(misplaced)} need --to {' or '.join(family.targets)}, got --to {target}")
     try:
         converted = convert_folder(family, source, destination, target, **options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     going_back = target in family.model_types
     verb = "left out" if going_back else "new"

@@ -12,6 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .folders import refusing
 
 
+# fields that say by how much, whatever the architecture in front of them
+SCALED = (".rope.scaling.factor", ".rope.scale_linear")
+
+
 def is_gguf(source) -> bool:
     """Return whether a path names a GGUF file.
 
@@ -26,13 +30,31 @@ def is_gguf(source) -> bool:
     return True
 
 
+def check_positions(path: Path) -> None:
+    """Raise a `ValueError` if rotary positions are scaled, which Transformers would pass over."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ValueError(f"{path} must be a GGUF file, got {error}") from error
+    fields = {name for name in reader.fields if name.endswith(SCALED) and reader.fields[name].contents() != 1.0}
+    tensors = {tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")}
+    if fields | tensors:
+        raise ValueError(
+            f"rotary positions in {path} must have no scaling, which Transformers does not read from GGUF files, got "
+            f"{', '.join(sorted(fields | tensors))}: convert the model's folder"
+        )
+
+
 def read_gguf_config(source) -> PreTrainedConfig:
     """Return the configuration, without a word of how the weights were packed: what is read of them is plain.
 
     Raises:
-        ValueError: If Transformers cannot read it.
+        ValueError: If Transformers cannot read it, or rotary positions are scaled.
     """
     path = Path(source)
+    check_positions(path)
     with refusing(f"{source} must be a GGUF file of a model that Transformers knows"):
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if getattr(config, "quantization_config", None) is not None:
