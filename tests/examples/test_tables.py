@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+import os
 import subprocess
 
 import classification_table
@@ -40,11 +41,17 @@ def fail(name: str, args: list[str]) -> None:
     pytest.fail(f"{name} was run again")
 
 
-def test_a_script_is_run_in_a_process_of_its_own_and_its_failure_is_told(capfd):
-    report.run_script("run_scoring.py", ["--help"])
-    assert "--data_file" in capfd.readouterr().out
+def test_a_script_is_run_in_a_process_of_its_own_and_its_failure_is_told(tmp_path, monkeypatch, capfd):
+    assert (report.SCRIPTS / "run_classification.py").is_file() and (report.SCRIPTS / "run_finetuning.py").is_file()
+    (tmp_path / "run_me.py").write_text(
+        "import os, sys\nprint(os.getpid(), sys.argv[1:])\nsys.exit(len(sys.argv) - 2)\n"
+    )
+    monkeypatch.setattr(report, "SCRIPTS", tmp_path)
+    report.run_script("run_me.py", ["a b"])
+    process, given = capfd.readouterr().out.split(" ", 1)
+    assert int(process) != os.getpid() and given == "['a b']\n"
     with pytest.raises(subprocess.CalledProcessError):
-        report.run_script("run_scoring.py", ["--no_such_option"])
+        report.run_script("run_me.py", ["a", "b"])
 
 
 def test_the_table_of_classifiers_is_written_and_goes_on(data_dir, tmp_path, monkeypatch):
