@@ -19,7 +19,7 @@ With u = W_l h_left + W_r h_right and the state h:
     p(slot or STOP) = softmax over the live slots and STOP of c tanh(z / c),  z = (W_q h) . (W_k u) / sqrt(D)
     p(token | slot) = softmax over V of E . RMSNorm(u + W_g h)
 
-Sources: InsNet (arXiv:2102.11008) section 3 for the slots; soft cap: InsNeXt; the algebra is ours (see the README).
+Sources: InsNet (arXiv:2102.11008) section 3 for the slots; soft cap: InsNeXt; the algebra is ours (docs/design.md).
 """
 
 from typing import NamedTuple
