@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -97,6 +97,7 @@ def build_canvas(
         raise ValueError("a canvas starts with BOS, and this tokenizer has no bos_token")
     if not isinstance(gap, str) or not gap.strip():
         raise ValueError(f"gap must be a mark that is not blank, got {gap!r}")
+    continuation_mask = continuation_mask_of(tokenizer, vocab_size)
     if text is not None:
         if not ordered:
             raise ValueError("ordered=False is for keywords; the words of a text keep their order")
@@ -108,7 +109,6 @@ def build_canvas(
         rows = [_keyword_row(tokenizer, forms, gap, ordered, choose) for forms in batch]
     _warn_of_changes(tokenizer, rows)
     bounds = _gap_bounds(rows, min_gap_tokens, max_gap_tokens)
-    continuation_mask = continuation_mask_of(tokenizer, vocab_size)
     highest = max(max(row.ids) for row in rows)
     if highest >= len(continuation_mask):
         raise ValueError(f"vocabulary mismatch: token id {highest} in a vocabulary of {len(continuation_mask)}")
@@ -128,7 +128,7 @@ def build_canvas(
 
 
 def _texts(text: str | list[str]) -> list[str]:
-    if not isinstance(text, (str, Sequence)):
+    if not isinstance(text, Iterable):
         raise ValueError(f"text must be a string or a list of strings, got {text!r}")
     texts = [text] if isinstance(text, str) else list(text)
     if not texts:

@@ -9,6 +9,7 @@ import subprocess
 import classification_table
 import commongen_table
 import decoding_defaults
+import keyword_forms
 import pytest
 import report
 
@@ -112,3 +113,15 @@ def test_the_table_of_decodings_has_a_row_a_setting(data_dir, tmp_path, monkeypa
 def test_a_text_loops_if_a_pair_of_words_stands_in_it_twice():
     assert decoding_defaults.loops("A dog and a cat. And a bird.") and decoding_defaults.loops("red red red")
     assert not decoding_defaults.loops("A dog and a cat and the bird, red red.") and not decoding_defaults.loops("")
+
+
+def test_the_table_of_forms_covers_every_concept_in_some_form(data_dir, tmp_path):
+    report = keyword_forms.main(["--data_dir", str(data_dir), "--output", str(tmp_path / "table")])
+    rows = {(row["order"], row["keywords"]): row for row in report["results"]}
+    assert len(rows) == 4 and all(row["any_form"] == 1 for row in rows.values())
+    assert all(
+        rows[order, "as given"]["coverage"] == rows[order, "as given"]["p"] == 1 for order in keyword_forms.ORDERS
+    )
+    assert keyword_forms.with_forms({"concepts": ["look", "t-shirt"]}) == {
+        "concepts": [["look", "looks", "looked", "looking"], ["t-shirt"]]
+    }

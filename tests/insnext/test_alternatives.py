@@ -89,6 +89,12 @@ def test_every_keyword_has_the_form_that_is_likeliest_between_the_others(ordered
     assert firsts < 10 * 4 and differ > 0
 
 
+@pytest.mark.parametrize("options", [{"keywords": [["old", "older"], "man"]}, {"keywords": ["man"], "ordered": False}])
+def test_a_foreign_vocabulary_is_refused_before_anything_is_chosen(options):
+    with pytest.raises(ValueError, match="vocabulary mismatch: the tokenizer has ids up to 59, the model 40"):
+        shipped_model(vocab_size=40).canvas(tiny_tokenizer(), **options)
+
+
 @pytest.mark.parametrize("sets", [60, pytest.param(1000, marks=pytest.mark.slow)])
 def test_random_sets_of_keywords_stand_whole_each_in_one_of_its_forms(sets):
     tokenizer, model = tiny_tokenizer(), shipped_model()
