@@ -1,9 +1,11 @@
 """Trainers of TRL: what reads `forward` trains the model's own loss, what goes past it raises before a step."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from datasets import Dataset
-from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from modeling_insnext import DrtConfig, DrtForCausalLM, InsNextConfig, InsNextForInsertionLM
@@ -21,9 +23,14 @@ SHAPE = {
 OPTIONS = {"use_cpu": True, "report_to": [], "max_steps": 1, "save_strategy": "no", "logging_steps": 1, "bf16": False}
 
 
-class LeftToRightSFTTrainer(SFTTrainer):
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+PAGE = Path(__file__).parents[2] / "docs" / "training.md"
+
+
+def left_to_right_trainer():
+    """Return the class that the page on training shows."""
+    namespace = {}
+    exec(re.search(r"```py\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.S)[1], namespace)
+    return namespace["LeftToRightSFTTrainer"]
 
 
 def insnext():
@@ -62,7 +69,7 @@ def test_sft_of_insnext_raises_and_names_what_to_do(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"packing": True}], ids=str)
 def test_sft_of_insnext_through_forward_is_the_loss_of_forward(tmp_path, options):
     model = insnext()
-    trainer = sft(LeftToRightSFTTrainer, model, tmp_path, **options)
+    trainer = sft(left_to_right_trainer(), model, tmp_path, **options)
     assert first_loss(trainer) == pytest.approx(forward_loss(insnext(), trainer), rel=1e-4)
 
 
