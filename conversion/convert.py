@@ -284,6 +284,8 @@ def convert_back(
             f"a {model_type} of this shape sees {twin.sliding_window} tokens, got a drt with "
             f"sliding_window={config.sliding_window}"
         )
+    if ours == "drt" and config.num_sink_tokens and not twin.num_sink_tokens:
+        raise ValueError(f"a {model_type} of this shape has no sinks, got num_sink_tokens={config.num_sink_tokens}")
     patterns = family.new(source_config, ours)
     dropped = [name for name in tensors if any(fnmatchcase(name, pattern) for pattern in patterns)]
     kept = {name: tensor for name, tensor in tensors.items() if name not in dropped}
@@ -389,6 +391,7 @@ DRT_OPTIONS = {
     "chunk_size": (int, "tokens a chunk"),
     "num_retrieved_chunks": (int, "chunks a retrieval returns"),
     "sliding_window": (int, "tokens that self-attention sees (default: what the source sees)"),
+    "num_sink_tokens": (int, "first tokens that stay visible (default: 1, or 0 where the source's own window rolls)"),
     "landmark_source": (str, "what stands for a chunk: mean or cls"),
     "num_encoder_layers": (int, "layers of the chunk encoder"),
 }

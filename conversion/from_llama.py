@@ -111,12 +111,13 @@ def fields(config, target: str) -> dict:
         eos = eos[0] if isinstance(eos, list) else eos
         reads = {"position_encoding": "rotary", "rope_parameters": rope, "slot_norm": "rmsclip"}
         return {**common, **reads, "eos_token_id": eos, "num_hidden_layers": config.num_hidden_layers}
+    window = reach(config)
     return {
         **common,
         "eos_token_id": eos,
         "position_encoding": "rope",
         "rope_parameters": rope,
-        **retrieving(config.num_hidden_layers, reach(config) or config.max_position_embeddings),
+        **retrieving(config.num_hidden_layers, window or config.max_position_embeddings, rolls=window is not None),
     }
 
 

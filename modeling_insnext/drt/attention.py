@@ -33,7 +33,7 @@ class Window(NamedTuple):
     `memory` is the number of remembered keys of each row, out of `remembered` key places; `first` the position of each
     row's first new slot; both have one number if all rows stand alike and no cache asks for each. A window over
     everything has `size` = None. `rotary` are the cosines and sines that turn queries and new keys, `None` without
-    rotary positions.
+    rotary positions. In front of all keys stand those of the first `sinks` positions of the text.
     """
 
     size: int | None
@@ -44,6 +44,7 @@ class Window(NamedTuple):
     first: list[int]
     alibi: bool = True
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    sinks: int = 0
 
 
 def alibi_slopes(num_heads: int, device=None) -> torch.Tensor:
@@ -73,14 +74,29 @@ def _forgotten(window: Window, keys: int, device) -> torch.Tensor | None:
     return (torch.arange(keys, device=device) < first_B1)[:, None, None]
 
 
+def sees_sinks(window: Window, device) -> torch.Tensor:
+    """Return which slot sees which sink, boolean `[1 or B, 1, L, sinks]`: those that left its window."""
+    first_B1 = torch.tensor(window.first, device=device)[:, None]
+    last_BL = first_B1 + torch.arange(window.width, device=device) - window.size
+    return (torch.arange(window.sinks, device=device) <= last_BL[..., None])[:, None]
+
+
+def _with_sinks(bias: torch.Tensor, sees: torch.Tensor) -> torch.Tensor:
+    """Put the masks of sinks, which have no bias, in front of those of the window."""
+    rows, heads = max(len(bias), len(sees)), bias.shape[1]
+    sinks = torch.zeros_like(sees, dtype=bias.dtype).masked_fill(~sees, -torch.inf)
+    return torch.cat([sinks.expand(rows, heads, -1, -1), bias.expand(rows, -1, -1, -1)], -1)
+
+
 def dense_bias(window: Window, num_heads: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the additive mask `[1 or B, H, L, K]`: the definition."""
+    """Return the additive mask `[1 or B, H, L, sinks + K]`: the definition."""
     K = window.remembered + window.width
     query_L1 = torch.arange(window.remembered, K, device=like.device)[:, None]
     slopes_H = window_slopes(window, num_heads, like.device)
     bias = _bias(query_L1 - torch.arange(K, device=like.device), window.size, slopes_H, like.dtype)[None]
     forgotten = _forgotten(window, K, like.device)
-    return bias if forgotten is None else bias.masked_fill(forgotten, -torch.inf)
+    bias = bias if forgotten is None else bias.masked_fill(forgotten, -torch.inf)
+    return _with_sinks(bias, sees_sinks(window, like.device)) if window.sinks else bias
 
 
 def eager_attention(
@@ -101,9 +117,9 @@ def eager_attention(
 
 
 class BandBias(NamedTuple):
-    """Masks of a band: of its first block (by row), and of every further one. `block` None: one dense mask."""
+    """Masks of the first blocks of a band, each by row, and of every further one. `block` None: one dense mask."""
 
-    first: torch.Tensor
+    first: list[torch.Tensor]
     further: torch.Tensor | None
     block: int | None
 
@@ -112,14 +128,21 @@ def band_bias(window: Window, num_heads: int, like: torch.Tensor) -> BandBias:
     """Return what `sdpa` reads: a dense mask for short inputs, else masks of blocks of w queries over 2 w keys."""
     size = window.size
     if size is None or window.width <= size:
-        return BandBias(dense_bias(window, num_heads, like), None, None)
+        return BandBias([dense_bias(window, num_heads, like)], None, None)
     query_W1 = torch.arange(size, 2 * size, device=like.device)[:, None]
     slopes_H = window_slopes(window, num_heads, like.device)
     band = _bias(query_W1 - torch.arange(2 * size, device=like.device), size, slopes_H, like.dtype)[None]
     # the band starts `size` keys before the first query: places there are padding, or hold what rows remember
     padded = window._replace(remembered=size, memory=[min(n, size) for n in window.memory])
     forgotten = _forgotten(padded, 2 * size, like.device)
-    return BandBias(band if forgotten is None else band.masked_fill(forgotten, -torch.inf), band, size)
+    first = band if forgotten is None else band.masked_fill(forgotten, -torch.inf)
+    if not window.sinks:
+        return BandBias([first], band, size)
+    # sinks leave the window in the second block at the latest, as there are no more than it is wide
+    sees = sees_sinks(window._replace(width=2 * size), like.device)
+    everything = torch.ones_like(sees[:1, :, :size])
+    blocks = [_with_sinks(first, sees[:, :, :size]), _with_sinks(band, sees[:, :, size:])]
+    return BandBias(blocks, _with_sinks(band, everything), size)
 
 
 def sdpa_attention(query_BHLD, key_BGKD, value_BGKD, bias: BandBias, window: Window, scaling, dropout=0.0):
@@ -131,7 +154,7 @@ def sdpa_attention(query_BHLD, key_BGKD, value_BGKD, bias: BandBias, window: Win
         enable_gqa=query_BHLD.shape[1] != key_BGKD.shape[1],
     )
     if bias.block is None:
-        return attend(query_BHLD, key_BGKD, value_BGKD, attn_mask=bias.first)
+        return attend(query_BHLD, key_BGKD, value_BGKD, attn_mask=bias.first[0])
     B, H, L, D = query_BHLD.shape
     W = bias.block
     blocks = -(-L // W)
@@ -139,13 +162,21 @@ def sdpa_attention(query_BHLD, key_BGKD, value_BGKD, bias: BandBias, window: Win
     def cut(x: torch.Tensor, left: int) -> torch.Tensor:
         return _pad_slots(x, left, blocks * W - L).unflatten(2, (-1, W)).transpose(1, 2)
 
-    query_BNHWD = cut(query_BHLD, 0)
-    halves = (cut(x, W - window.remembered) for x in (key_BGKD, value_BGKD))
-    key_BNGWD, value_BNGWD = (torch.cat([x[:, :-1], x[:, 1:]], dim=3) for x in halves)
-    first = attend(query_BNHWD[:, 0], key_BNGWD[:, 0], value_BNGWD[:, 0], attn_mask=bias.first)
-    query, key, value = (x[:, 1:].flatten(0, 1) for x in (query_BNHWD, key_BNGWD, value_BNGWD))
-    further = attend(query, key, value, attn_mask=bias.further).unflatten(0, (B, blocks - 1))
-    return torch.cat([first[:, None], further], dim=1).transpose(1, 2).flatten(2, 3)[:, :, :L]
+    def reach(x: torch.Tensor) -> torch.Tensor:
+        halves = cut(x[:, :, window.sinks :], W - window.remembered)
+        sinks = x[:, None, :, : window.sinks].expand(-1, blocks, -1, -1, -1)
+        return torch.cat([sinks, halves[:, :-1], halves[:, 1:]], dim=3)
+
+    query_BNHWD, key_BNGKD, value_BNGKD = cut(query_BHLD, 0), reach(key_BGKD), reach(value_BGKD)
+    parts = [
+        attend(query_BNHWD[:, n], key_BNGKD[:, n], value_BNGKD[:, n], attn_mask=mask)[:, None]
+        for n, mask in enumerate(bias.first)
+    ]
+    done = len(parts)
+    if blocks > done:
+        query, key, value = (x[:, done:].flatten(0, 1) for x in (query_BNHWD, key_BNGKD, value_BNGKD))
+        parts.append(attend(query, key, value, attn_mask=bias.further).unflatten(0, (B, blocks - done)))
+    return torch.cat(parts, dim=1).transpose(1, 2).flatten(2, 3)[:, :, :L]
 
 
 def _pad_slots(x: torch.Tensor, left: int, right: int) -> torch.Tensor:
@@ -159,13 +190,17 @@ def flex_mask(window: Window, num_heads: int, like: torch.Tensor):
     B = like.shape[0]
     missing_B = torch.tensor([M - n for n in window.memory], device=like.device).expand(B)
 
+    first_B = torch.tensor(window.first, device=like.device).expand(B)
+    sinks = window.sinks
+
     def sees(b, h, q, k):
-        distance = q + M - k
+        distance = q + M - (k - sinks)
         near = distance >= 0 if size is None else (distance >= 0) & (distance < size)
-        return near & (k >= missing_B[b])
+        near = near & (k - sinks >= missing_B[b])
+        return torch.where(k < sinks, k <= first_B[b] + q - size, near) if sinks else near
 
     slopes_H = window_slopes(window, num_heads, like.device).to(torch.promote_types(like.dtype, torch.float32))
-    mask = create_block_mask(sees, B, None, window.width, K, device=like.device)
+    mask = create_block_mask(sees, B, None, window.width, sinks + K, device=like.device)
     return slopes_H, mask
 
 

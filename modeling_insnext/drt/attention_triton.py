@@ -37,7 +37,7 @@ def window_intervals(window: Window, num_heads: int, like: torch.Tensor) -> Inte
 
     Raises:
         ImportError: If `insnext_kernels` is not installed.
-        ValueError: If the kernels do not know the dtype, or cannot run where the tensors are.
+        ValueError: If the kernels do not know the dtype or cannot run where the tensors are, or there are sinks.
     """
     if insertion_attention is None:
         raise ImportError(
@@ -46,6 +46,8 @@ def window_intervals(window: Window, num_heads: int, like: torch.Tensor) -> Inte
         )
     if like.dtype not in DTYPES:
         raise ValueError(f'attn_implementation="{NAME}" needs float32, float16 or bfloat16, got {like.dtype}')
+    if window.sinks:
+        raise ValueError(f'attn_implementation="{NAME}" has no attention sinks, got {window.sinks}; use eager or sdpa')
     M, B = window.remembered, like.shape[0]
     entries_BL = (torch.arange(window.width, device=like.device) + M).repeat(B, 1)
     start_BL = torch.tensor([M - held for held in window.memory], device=like.device)[:, None].expand(B, window.width)

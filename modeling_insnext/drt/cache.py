@@ -26,6 +26,7 @@ MADE_FOR = (
     "chunk_size",
     "num_retrieved_chunks",
     "sliding_window",
+    "num_sink_tokens",
     "landmark_source",
     "retriever",
     "self_attention",
@@ -118,6 +119,8 @@ class ChunkMemoryCache(Cache):
         self.dtype: torch.dtype | None = None
         self.keys = [Tail(None, dim=2) for _ in range(config.num_hidden_layers)]
         self.values = [Tail(None, dim=2) for _ in range(config.num_hidden_layers)]
+        # keys and values of the first positions, which stay visible
+        self.sinks = [Tail(None, dim=3) for _ in range(config.num_hidden_layers if config.num_sink_tokens else 0)]
         # lower states (and features of a fixed retriever) of the chunk in progress
         self.states = Tail(None)
         self.found = [(Tail(None), Tail(None)) for _ in config.retrieval_groups]
@@ -253,6 +256,7 @@ class ChunkMemoryCache(Cache):
         """Return everything with a time axis, by the name it has in a file."""
         named = {f"keys.{i}": tail for i, tail in enumerate(self.keys)}
         named |= {f"values.{i}": tail for i, tail in enumerate(self.values)}
+        named |= {f"sinks.{i}": tail for i, tail in enumerate(self.sinks)}
         for group, (chunks, weights) in enumerate(self.found):
             named |= {f"found.{group}.chunks": chunks, f"found.{group}.weights": weights}
         return {**named, "states": self.states, "recent": self.recent}

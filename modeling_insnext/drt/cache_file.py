@@ -3,7 +3,7 @@
     8 bytes, header                 padded with spaces so that the data begin at a multiple of 4096
     memory.chunks [N, 2, G, S, D]   keys and values of the chunks that rows refer to, each once
     memory.landmarks [N, W]         memory.table [B, chunks of the longest row]: places in the above
-    keys.L, values.L                the window of layer L; states, found.g.chunks, found.g.weights, recent
+    keys.L, values.L, sinks.L       the window of layer L; states, found.g.chunks, found.g.weights, recent
 
 The header's `__metadata__` has `format`, `version`, and as JSON `model` (the configuration fields in
 `FINGERPRINT_FIELDS`, the data type, a SHA-256 of the weights), `state` (lengths of rows, what is valid of each
@@ -84,6 +84,7 @@ YOUNGER_FIELDS = {
     "norm": "rmsnorm",
     "gated_mlp": True,
     "hidden_act": "silu",
+    "num_sink_tokens": 0,
 }
 
 
@@ -372,6 +373,7 @@ def _check_state(path, state: dict, entries: dict[str, Entry], cache, decoder) -
     kinds = {
         "keys": window,
         "values": window,
+        "sinks": (dtype, (B, 2, G, config.num_sink_tokens, d)),
         "states": (dtype, (B, None, None)),
         "recent": (torch.bool, (B, None)),
         "found.chunks": (torch.int64, (B, None, K)),

@@ -34,6 +34,7 @@ SIZES = {
     "num_key_value_heads": 1,
     "num_lower_layers": 0,
     "num_encoder_layers": 1,
+    "num_sink_tokens": 0,
     "chunk_size": 1,
     "num_retrieved_chunks": 1,
 }
@@ -76,6 +77,9 @@ class DrtConfig(PreTrainedConfig):
         chunk_size: Tokens S a chunk, landmark not counted.
         num_retrieved_chunks: Number k of chunks that a retrieval returns.
         sliding_window: Number of keys a token sees in self-attention, itself and landmarks included; `None`: all.
+        num_sink_tokens: How many first tokens of a text stay visible to every window, at their own positions: the
+            attention sinks that a pretrained source leans on. At most `chunk_size`; not with ALiBi, under which a far
+            token weighs nothing, and not without a window.
         landmark_source: What stands for a chunk. `"token"`: a landmark put into the text after every chunk; its
             encoder output is the key, its hidden state the query. `"cls"`: a vector appended in the chunk encoder.
             `"mean"`: the mean of the encoder outputs. Without landmarks in the text the last token asks.
@@ -93,8 +97,9 @@ class DrtConfig(PreTrainedConfig):
         rope_parameters: For `"rope"`, as in Transformers: `{"rope_type": "default", "rope_theta": 10000.0}`, or
             another type of `ROPE_TYPES` with what it needs.
         max_position_embeddings: For `"learned"`, how many positions there are: no text is longer. Otherwise the
-            length that the weights were trained for, if known; nothing is cut there. A configuration without it has
-            no such attribute: to other libraries `None` would be a number that is missing.
+            length that the weights were trained for, if known; nothing is cut there. With llama3 and
+            YaRN it is what they stretch to. A configuration without it has no such attribute: to other libraries
+            `None` would be a number that is missing.
         qk_norm: Whether every head's queries and keys pass an RMSNorm before they are turned.
         attention_bias: Whether the projections to queries, keys and values of self-attention have biases.
         attention_output_bias: Whether the output projection of self-attention has one.
@@ -131,6 +136,7 @@ class DrtConfig(PreTrainedConfig):
     chunk_size: int = 64
     num_retrieved_chunks: int = 8
     sliding_window: int | None = 512
+    num_sink_tokens: int = 0
     landmark_source: str = "token"
     landmark_slot: str = "off_by_one"
     residual: str = "bypass"
@@ -169,6 +175,7 @@ class DrtConfig(PreTrainedConfig):
         self.retrieval_groups = list(self.retrieval_groups)
         self._check_shape(num_hidden_layers)
         self._check_choices()
+        self._check_sinks()
         self._check_numbers()
         self._check_positions()
         super().__post_init__(**kwargs)
@@ -211,6 +218,14 @@ class DrtConfig(PreTrainedConfig):
                 f"sliding_window must be larger than a chunk, so that a landmark sees its chunk and no token is lost "
                 f"between window and memory: got sliding_window={window}, a chunk of {self.chunk_length} positions "
                 f"(chunk_size={self.chunk_size}, landmark_source={self.landmark_source!r})"
+            )
+
+    def _check_sinks(self):
+        n, window, kind = self.num_sink_tokens, self.sliding_window, self.position_encoding
+        if n and (n > self.chunk_size or window is None or n > window or kind == "alibi"):
+            raise ValueError(
+                f"num_sink_tokens must be at most chunk_size={self.chunk_size} and sliding_window={window}, and 0 "
+                f"without a window or with ALiBi, got {n} and position_encoding={kind!r}"
             )
 
     def _check_choices(self):
@@ -258,6 +273,12 @@ class DrtConfig(PreTrainedConfig):
                 raise ValueError(f"rope_type must be one of {ROPE_TYPES}, got {rope_type!r}")
             if (given or {}).get("partial_rotary_factor", 1.0) != 1.0:
                 raise ValueError(f"whole heads are turned, got partial_rotary_factor={given['partial_rotary_factor']}")
+            if longest is None and rope_type in ("llama3", "yarn"):
+                if "original_max_position_embeddings" not in given:
+                    raise ValueError(f"rope_type={rope_type!r} needs original_max_position_embeddings, got {given}")
+                # what the scaling stretches to, which Transformers wants to know
+                longest = int(given["original_max_position_embeddings"] * given.get("factor", 1))
+                self.max_position_embeddings = longest
         if (longest is not None or kind == "learned") and not _is_integer(longest, 1):
             raise ValueError(
                 f"max_position_embeddings must be an integer of at least 1 (position_encoding={kind!r}), "

@@ -90,17 +90,31 @@ class DrtGenerationMixin(GenerationMixin):
         if attention_mask is not None and attention_mask.shape != (B, start + T):
             raise ValueError(f"attention_mask must be [{B}, {start + T}], got {list(attention_mask.shape)}")
         first_full = self._first_full_column(input_ids, attention_mask, past) if lower_only else 0
+        # upper layers as well go on seeing the sinks, and must have read them
+        after_sinks = self._column_behind_sinks(attention_mask, past, T)
         with tqdm(total=T, unit="token", disable=not show_progress) as progress:
             column = 0
             while column < T:
                 end = T if segment_length is None else min(column + segment_length, T)
-                only = column < first_full
-                end = min(end, first_full) if only else end
+                only = after_sinks <= column < first_full
+                for border in (after_sinks, first_full):
+                    end = min(end, border) if column < border else end
                 mask = None if attention_mask is None else attention_mask[:, : start + end]
                 self.model(input_ids[:, column:end], mask, past_key_values=past, use_cache=True, lower_only=only)
                 progress.update(end - column)
                 column = end
         return past
+
+    def _column_behind_sinks(self, attention_mask, past: ChunkMemoryCache, T: int) -> int:
+        """Return how many of the new columns hold the sinks of all rows."""
+        missing = self.config.num_sink_tokens - torch.tensor(past.seen or [0])
+        if (missing <= 0).all():
+            return 0
+        if attention_mask is None:
+            return min(int(missing.max()), T)
+        count_BT = attention_mask[:, past.columns :].long().cumsum(1).cpu()
+        there_T = (count_BT >= missing[:, None]).all(0)
+        return int(there_T.long().argmax()) + 1 if there_T.any() else T
 
     def _first_full_column(self, input_ids, attention_mask, past: ChunkMemoryCache) -> int:
         """Return the first column that the upper layers must read, so that the last positions are exact."""

@@ -16,7 +16,7 @@ from .attention_triton import BACKENDS
 from .cache import ChunkMemoryCache
 from .configuration_drt import DrtConfig
 from .landmark_attention import LANDMARK_BACKEND
-from .layout import Layout, shift_rows
+from .layout import Layout, first_slots, shift_rows
 from .positions import rotate, turn
 from .retrieval import FUSED, Served
 
@@ -85,13 +85,28 @@ class DrtAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if window.rotary is not None:
             query, key = turn(query, *window.rotary), turn(key, *window.rotary)
+        sinks = self._sinks(key, value, carried).unbind(1) if window.sinks else ()
         if past is not None:
             key, value = past.append(self.layer_idx, key, value, carried.layout.lengths)
+        if sinks:
+            key, value = (torch.cat(pair, 2) for pair in zip(sinks, (key, value), strict=True))
         dropout = self.config.attention_dropout if self.training else 0.0
         attend = window_backend(self.config).attend
         scaling = self.head_dim**-0.5
         out_BHLD = attend(query, key, value, carried.prepared, window, scaling=scaling, dropout=dropout)
         return self.o_proj(out_BHLD.transpose(1, 2).flatten(2))
+
+    def _sinks(self, key_BGLD, value_BGLD, carried: Pass) -> torch.Tensor:
+        """Return keys and values of the first positions of each row, `[B, 2, G, sinks, D]`."""
+        tail = carried.past.sinks[self.layer_idx] if carried.past is not None else None
+        held, first, count = tail and tail.tensor, carried.layout.first, carried.window.sinks
+        if held is not None and min(first) >= count:
+            return held
+        sinks = first_slots(held, torch.stack([key_BGLD, value_BGLD], 1), first, count, dim=3)
+        if tail is not None:
+            # a view would keep all of a long input alive
+            tail.tensor, tail.valid = sinks.clone(), [count] * sinks.shape[0]
+        return sinks
 
 
 class DrtCrossAttention(nn.Module):

@@ -136,6 +136,20 @@ def take_out(layout: Layout, slots_BLD: torch.Tensor) -> torch.Tensor:
     return tokens_BQD if layout.real_BQ is None else tokens_BQD * layout.real_BQ[..., None]
 
 
+def first_slots(held: torch.Tensor | None, new: torch.Tensor, first: list[int], count: int, dim: int) -> torch.Tensor:
+    """Return what stands at positions 0 to `count` - 1 of each row: held if it was read before, else among the new.
+
+    What was not read yet is anything.
+    """
+    taken = shift_rows(new, [-n for n in first], count, dim)
+    if held is None:
+        return taken
+    first_B1 = torch.tensor(first, device=new.device)[:, None]
+    shape = [1] * new.ndim
+    shape[0], shape[dim] = len(first), count
+    return torch.where((torch.arange(count, device=new.device) < first_B1).view(shape), held, taken)
+
+
 def shift_rows(source: torch.Tensor, starts: list[int], length: int, dim: int = 1) -> torch.Tensor:
     """Return `length` entries of each row along `dim` from `starts[b]` on; entries outside `source` hold anything.
 

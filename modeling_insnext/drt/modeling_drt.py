@@ -267,7 +267,17 @@ class DrtModel(DrtPreTrainedModel):
         """Return what all layers share that remember as much as the first one."""
         rotary = self.rope and rotary_table(slot_positions(layout, hidden.device), *self.rope, hidden.dtype)
         config, alibi = self.config, self.config.position_encoding == "alibi"
-        window = Window(config.sliding_window, layout.width, 0, [], config.chunk_length, layout.first, alibi, rotary)
+        window = Window(
+            config.sliding_window,
+            layout.width,
+            0,
+            [],
+            config.chunk_length,
+            layout.first,
+            alibi,
+            rotary,
+            config.num_sink_tokens,
+        )
         return self._windowed(Pass(layout, past, window, None), 0, hidden)
 
     def _windowed(self, carried: Pass, layer: int, hidden: torch.Tensor) -> Pass:

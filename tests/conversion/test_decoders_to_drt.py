@@ -72,12 +72,36 @@ def test_padded_rows_token_by_token_and_in_segments_are_the_source(name):
         assert difference(torch.cat(logits, 1)[real], expected[real]) < CLOSE
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_beyond_a_shorter_window_a_source_keeps_its_first_token(name):
+    """The source under a mask of a window of 12 and its first token; of the window alone it is another."""
+    source, ids = exact(source_model(name)), random_ids(1, 40)
+    back = torch.arange(40)[:, None] - torch.arange(40)
+    near = (back >= 0) & (back < 12)
+    for sinks in (1, 0):
+        drt = as_drt(source, name, sliding_window=12, **({} if sinks else {"num_sink_tokens": 0}))
+        assert drt.config.num_sink_tokens == sinks
+        logits = logits_of(drt, ids)
+        for sees, same in ((near | ((back >= 0) & (torch.arange(40) == 0)), sinks == 1), (near, sinks == 0)):
+            mask = torch.zeros(40, 40, dtype=torch.float64).masked_fill(~sees, -torch.inf)[None, None]
+            with torch.no_grad():
+                expected = source(ids, attention_mask=mask, use_cache=False).logits
+            assert (difference(logits, expected) < CLOSE) == same
+
+
+def test_a_window_that_rolls_in_the_source_gets_no_sink():
+    config = MistralConfig(**SMALL, sliding_window=12)
+    assert LLAMA.fields(config, "drt")["num_sink_tokens"] == 0
+    assert LLAMA.fields(source_model("llama").config, "drt")["num_sink_tokens"] == 1
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_shorter_window_is_the_same_function_up_to_there(name):
     source, ids = exact(source_model(name)), random_ids(1, 40)
     drt = as_drt(source, name, sliding_window=12)
     difference = (logits_of(drt, ids) - logits_of(source, ids)).abs().amax(2)[0]
-    assert difference[:12].max() < CLOSE and difference[12:].min() > 1e-6
+    # the thirteenth token sees its window and the first one, which is everything
+    assert difference[:13].max() < CLOSE and difference[13:].min() > 1e-6
 
 
 def test_the_window_of_mistral_is_the_window():

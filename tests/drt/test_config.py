@@ -206,3 +206,12 @@ def test_without_a_known_length_there_is_no_attribute_of_that_name(tmp_path):
     assert not hasattr(DrtConfig(**{**unknown.to_dict(), "max_position_embeddings": None}), "max_position_embeddings")
     # nothing is cut
     assert whole(DrtForCausalLM(known).eval(), random_ids(1, 30)).shape == (1, 30, 50)
+
+
+@pytest.mark.parametrize("rope_type", ["yarn", "llama3"])
+def test_a_stretched_rotation_says_how_far(rope_type):
+    given = {"rope_type": rope_type, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    known = {**given, "original_max_position_embeddings": 16}
+    assert tiny_config(position_encoding="rope", rope_parameters=known).max_position_embeddings == 64
+    with pytest.raises(ValueError, match="needs original_max_position_embeddings"):
+        tiny_config(position_encoding="rope", rope_parameters=given)

@@ -41,7 +41,7 @@ def rope(x_PD, theta, dtype=torch.float64):
 
 
 def self_attention(c, w, name, x_LD):
-    """Position i sees i - w + 1 ... i; with ALiBi head h subtracts 2^(-8(h+1)/H) for every step back."""
+    """Position i sees i - w + 1 ... i, and the sinks; with ALiBi head h subtracts 2^(-8(h+1)/H) a step back."""
     d, H = c.head_dim, c.num_attention_heads
     q, k, v = (linear(w, f"{name}.self_attn.{part}_proj", x_LD) for part in "qkv")
     for x, part in ((q, "q"), (k, "k")):
@@ -55,12 +55,13 @@ def self_attention(c, w, name, x_LD):
     out = torch.zeros_like(q)
     for i in range(len(x_LD)):
         first = 0 if c.sliding_window is None else max(0, i - c.sliding_window + 1)
-        back = torch.arange(i - first, -1, -1)
+        seen = [*range(min(c.num_sink_tokens, first)), *range(first, i + 1)]
+        back = i - torch.tensor(seen)
         for h in range(H):
             g = h * c.num_key_value_heads // H
             slope = 2 ** (-8 * (h + 1) / H) if c.position_encoding == "alibi" else 0
-            scores = k[first : i + 1, g * d : g * d + d] @ q[i, h * d : h * d + d] / d**0.5 - slope * back
-            out[i, h * d : h * d + d] = scores.softmax(0) @ v[first : i + 1, g * d : g * d + d]
+            scores = k[seen, g * d : g * d + d] @ q[i, h * d : h * d + d] / d**0.5 - slope * back
+            out[i, h * d : h * d + d] = scores.softmax(0) @ v[seen, g * d : g * d + d]
     return linear(w, f"{name}.self_attn.o_proj", out)
 
 
