@@ -155,7 +155,8 @@ class DrtModel(DrtPreTrainedModel):
         given = input_ids if inputs_embeds is None else inputs_embeds
         if given is not None:
             said = {name: kwargs.get(name) for name in BOUNDARIES}
-            check_one_text(kwargs.get("position_ids"), said, given.shape[:2], attention_mask)
+            first = 0 if self.config.position_encoding == "learned" and past_key_values is None else None
+            check_one_text(kwargs.get("position_ids"), said, given.shape[:2], attention_mask, first)
         layout, past = self._begin(input_ids, inputs_embeds, attention_mask, past_key_values, use_cache)
         embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if past is not None:

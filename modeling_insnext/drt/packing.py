@@ -8,7 +8,11 @@ BOUNDARIES = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", 
 
 
 def check_one_text(
-    position_ids: torch.Tensor | None, said: dict, shape: tuple[int, int], attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None,
+    said: dict,
+    shape: tuple[int, int],
+    attention_mask: torch.Tensor | None,
+    first: int | None = None,
 ) -> None:
     """Check that what is said of positions is what the model counts by itself.
 
@@ -17,10 +21,11 @@ def check_one_text(
         said: The fields of `BOUNDARIES` that a collator sent.
         shape: Rows and columns.
         attention_mask: 1 on tokens, 0 on padding, `[B, Q]`; behind a cache with the columns before.
+        first: What a row's first token must have, where more than distances counts.
 
     Raises:
-        ValueError: If texts are packed, or `position_ids` have another shape or do not rise by one from token to
-            token.
+        ValueError: If texts are packed, or `position_ids` have another shape, begin elsewhere or do not rise by one
+            from token to token.
     """
     sent = sorted(name for name, value in said.items() if value is not None)
     if sent:
@@ -37,6 +42,8 @@ def check_one_text(
         return
     for row, ids_Q in enumerate(position_ids.expand(B, Q)):
         own = ids_Q if attention_mask is None else ids_Q[attention_mask[row, -Q:].bool()]
+        if first is not None and len(own) and int(own[0]) != first:
+            raise ValueError(f"position_ids must begin at {first} where positions are learned, got {int(own[0])}")
         wrong = (own.diff() != 1).nonzero()
         if len(wrong):
             i = int(wrong[0])

@@ -209,6 +209,16 @@ def test_position_ids_that_count_the_tokens_of_a_row_change_nothing():
     assert (model(IDS, position_ids=torch.arange(23)[None]).logits - model(IDS).logits).abs().max() == 0
 
 
+def test_learned_positions_begin_at_the_beginning():
+    position_ids = torch.arange(23)[None]
+    model = tiny_model(position_encoding="learned", max_position_embeddings=64)
+    model(IDS, position_ids=position_ids)
+    with pytest.raises(ValueError, match="position_ids must begin at 0 where positions are learned, got 3"):
+        model(IDS, position_ids=position_ids + 3)
+    # elsewhere only distances count
+    tiny_model()(IDS, position_ids=position_ids + 3)
+
+
 def test_shifted_labels_are_labels():
     model = tiny_model()
     shifted = torch.nn.functional.pad(IDS[:, 1:], (0, 1), value=-100)
