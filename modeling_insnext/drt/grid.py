@@ -1,9 +1,11 @@
 """Where chunks begin and end: tokens count without landmarks, positions with them."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class ChunkGrid(NamedTuple):
+# no NamedTuple: Dynamo of torch 2.9 does not trace its properties
+@dataclass(frozen=True)
+class ChunkGrid:
     """Chunks of `chunk_size` tokens; with `has_landmarks` one position more, the last, for the landmark."""
 
     chunk_size: int

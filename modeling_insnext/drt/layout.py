@@ -13,6 +13,7 @@ A landmark stands behind the last token of its chunk as soon as that token is th
 has position `first_B[b]`; rows that bring fewer tokens than others are padded on the right.
 """
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,8 @@ class Slots(NamedTuple):
     slot_BQ: torch.Tensor
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True)
+class Layout:
     """The slots of one forward pass.
 
     `first` are the positions of slot 0 and `lengths` the numbers of slots, one a row, or one for all rows where no
@@ -93,7 +95,7 @@ def build_layout(
     layout = Layout(grid, first, [end - start for start, end in zip(first, ends, strict=True)], real_BQ, None)
     if real_BQ is None and layout.lengths == new:
         return layout
-    return layout._replace(slots=_slots(shape, device, layout, seen, ends))
+    return replace(layout, slots=_slots(shape, device, layout, seen, ends))
 
 
 def _slots(shape, device, layout: Layout, seen: list[int], ends: list[int]) -> Slots:
