@@ -85,8 +85,13 @@ def test_the_twin_is_the_position_loss_of_the_model(soft, seed, monkeypatch):
     ours = losses_and_gradients(model, inputs, "insnext_triton")
     assert ours.keys() == exact.keys() >= {"hidden", "edge", "stop_key", "key_proj.weight", "query_proj.weight"}
     assert max(relative_error(ours[name], exact[name]) for name in exact) < 1e-13
-    # control: a slot that outlives its text would be seen
-    monkeypatch.setattr(slot_losses.torch, "minimum", lambda a, b: a)
+
+    # control: slots that outlive their text would be seen
+    def undying(query, key, stop_key, births, deaths, *others, **options):
+        deaths = torch.where(deaths > 0, query.shape[1], deaths)
+        return twin(query, key, stop_key, births, deaths, *others, **options)
+
+    monkeypatch.setattr(slot_losses, "slot_cross_entropy", undying)
     assert relative_error(losses_and_gradients(model, inputs, "insnext_triton")["loss"], exact["loss"]) > 1e-3
 
 
