@@ -141,7 +141,7 @@ def collate(name, text, units):
     registered = ORDERS[name]
     order = Order(name, lambda *_: np.array(units, dtype=int), registered.kinds)
     collator = InsertionCollator(pad_token_id=0, order=order)
-    piece = collator._lay_out(text, True, np.random.default_rng(0))
+    piece = collator._lay_out(text, True, 1.0, np.random.default_rng(0))
     return collator._stack([piece])
 
 
