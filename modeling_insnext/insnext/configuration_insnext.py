@@ -14,7 +14,13 @@ from .peft_targets import register_adapter_targets
 CODE_VERSION = "0.1.0"
 
 POSITION_ENCODINGS = ("alibi", "sinusoidal", "rotary")
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# the numbers that each needs
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
 NORMS = ("rmsnorm", "deepnorm", "layernorm", "post_layernorm")
 POST_NORMS = ("deepnorm", "post_layernorm")
 SLOT_NORMS = ("rmsnorm", "rmsclip")
@@ -178,8 +184,13 @@ class InsNextConfig(PreTrainedConfig):
         if kind != "rotary":
             return
         given = given or {}
-        if given.get("rope_type", "default") not in ROPE_TYPES:
-            raise ValueError(f"rope_type must be one of {ROPE_TYPES}, got {given['rope_type']!r}")
+        rope_type = given.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES:
+            raise ValueError(f"rope_type must be one of {tuple(ROPE_TYPES)}, got {rope_type!r}")
+        for name in (*ROPE_TYPES[rope_type], *(name for name in given if name == "rope_theta")):
+            value = given.get(name)
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"rope_type={rope_type!r} needs a positive {name} in rope_parameters, got {value!r}")
         if given.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(f"whole heads are turned, got partial_rotary_factor={given['partial_rotary_factor']}")
         if self.head_dim % 2:

@@ -198,6 +198,13 @@ def test_an_implementation_that_cannot_turn_says_which_can(attn):
         ({"rope_parameters": ROPES["default"], "position_encoding": "alibi"}, "need position_encoding"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type must be one of"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "whole heads are turned"),
+        (
+            {"rope_parameters": {"rope_type": "linear"}},
+            "'linear' needs a positive factor .*, got None",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 0.0}}, "needs a positive factor .*, got 0.0"),
+        ({"rope_parameters": {**ROPES["llama3"], "low_freq_factor": None}}, "needs a positive low_freq_factor"),
+        ({"rope_parameters": {"rope_theta": -1.0}}, "'default' needs a positive rope_theta"),
         ({"head_dim": 7}, "even head_dim"),
         ({"slot_norm": "none"}, "slot_norm must be one of"),
     ],
