@@ -1,6 +1,6 @@
 """Triton reads `TRITON_INTERPRET` when it is imported, as Transformers may do: it is set before any test is read.
 
-A test that needs the real compiler starts a process of its own (`tests/kernels/helpers_kernels.py`).
+A test that needs the real compiler starts a process of its own (`tests/support/kernels.py`).
 """
 
 import os

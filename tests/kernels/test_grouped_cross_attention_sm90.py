@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 
-from insnext_kernels.grouped_cross_attention.triton_tiles import Tiles, tiles
+from insnext_kernels.grouped_cross_attention.triton.tiles import Tiles, tiles
 from tests.support.kernels import SHARED_MEMORY, compiled_for_sm90
 
 

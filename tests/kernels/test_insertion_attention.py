@@ -269,10 +269,11 @@ class NoLaunch:
 
 
 def test_no_tensor_has_an_entry_for_each_pair_of_query_and_key(monkeypatch):
-    from insnext_kernels.insertion_attention import ops, triton_backward, triton_forward, triton_table
+    from insnext_kernels.insertion_attention import ops
+    from insnext_kernels.insertion_attention.triton import backward, forward, table
 
     # memory is what counts here: an operator's body sees to that, so it is called without the dispatcher
-    for module in (triton_table, triton_forward, triton_backward):
+    for module in (table, forward, backward):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NoLaunch())
     n = 1024
@@ -282,9 +283,9 @@ def test_no_tensor_has_an_entry_for_each_pair_of_query_and_key(monkeypatch):
     assert reference.numel >= n * n
     with Largest() as ours:
         keys = ops.text_order(p["positions"], n)
-        table = keys, *ops.insertion_table._init_fn(keys, p["horizon"], p["start"], p["entries"], n)
+        tensors = keys, *ops.insertion_table._init_fn(keys, p["horizon"], p["start"], p["entries"], n)
         inputs = p["q"], p["k"], p["v"]
-        others = *table, p["left"], p["right"], 0.25
+        others = *tensors, p["left"], p["right"], 0.25
         out, lse = ops.insertion_forward._init_fn(*inputs, *others)
         ops.insertion_backward._init_fn(p["dout"], *inputs, out, lse, *others)
     assert n * 16 <= ours.numel <= n * n // 16
@@ -306,7 +307,7 @@ def test_operators_pass_opcheck():
     )
     few = ops.make_table(p["positions"], p["horizon"][:, :2], p["start"][:, :2], p["entries"][:, :2], 70)
     torch.library.opcheck(
-        ops.insertion_decode, (p["q"][:, :, :2], p["k"], p["v"], *few[:5], *slopes, 0.3), test_utils=checks[:3]
+        ops.insertion_decode, (p["q"][:, :, :2], p["k"], p["v"], *few, *slopes, 0.3), test_utils=checks[:3]
     )
 
 
@@ -365,7 +366,7 @@ def test_gradient_checkpointing_gives_the_same():
         ({"positions": torch.zeros(1, 5).long()}, r"positions must be \[1, 6\], got \[1, 5\]"),
         ({"positions": torch.zeros(1, 6)}, "positions must be int32 or int64, got torch.float32"),
         ({"start": torch.zeros(1, 5).long()}, r"start must be \[1, 4\], got \[1, 5\]"),
-        ({"entries": torch.full((1, 4), 6)}, r"entries must be in \[0, 6\), got 6 to 6"),
+        ({"entries": torch.full((1, 4), 6)}, r"entries must be in \[0, 5\], got 6 to 6"),
         ({"left": torch.zeros(3)}, r"left slopes must be \[2\], one for each head, got \[3\]"),
         ({"right": torch.zeros(2, requires_grad=True)}, "slopes get no gradient, got right slopes"),
         ({"impl": "cuda"}, "impl must be one of"),

@@ -47,6 +47,25 @@ def check(found: list[dict], names: list[str], stack: int) -> None:
         assert report["registers"] <= 255 and report["stack"] <= stack, report
 
 
+STEP = """
+import torch
+from insnext_kernels import insertion_attention
+
+q, k = (torch.zeros(1, 4, n, 64, dtype=torch.bfloat16) for n in (1, 1024))
+if {wide}:
+    k = torch.empty_strided(k.shape, (1024 << 21, 64, 1 << 21, 1), dtype=k.dtype)
+insertion_attention(q, k, k, None, torch.full((1, 1), 1023), *torch.rand(2, 4), impl="triton")
+"""
+
+
+@pytest.mark.parametrize(
+    "wide", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["rows near", "rows far apart"]
+)
+def test_a_step_of_decoding_compiles_for_hopper(wide):
+    """The compiler itself, in a few seconds; `make slow` compiles everything."""
+    check(compiled_for_sm90(STEP.format(wide=wide)), ["_plan_kernel", "_decode_kernel", "_merge_kernel"], stack=0)
+
+
 @pytest.mark.slow
 def test_the_kernels_of_training_and_decoding_compile_for_hopper():
     found = reports("bfloat16", 64)

@@ -14,7 +14,9 @@ from tests.support.equality import relative_error, same_bits, within_rounding
 from tests.support.kernels import DEVICE, DTYPES, SHARED_MEMORY, assert_as_accurate, compiled_for_sm90
 
 
-ops = importlib.import_module("insnext_kernels.slot_cross_entropy.ops")
+forward, backward = (
+    importlib.import_module(f"insnext_kernels.slot_cross_entropy.triton.{name}") for name in ("forward", "backward")
+)
 
 
 def problem(B=2, N=9, S=17, D=8, soft=False, dtype=torch.float32, spread=3.0):
@@ -99,28 +101,29 @@ def test_any_small_problem_is_as_accurate_as_the_twin(data):
 def test_chunks_of_states_and_of_rows_add_up(soft, monkeypatch):
     tensors = problem(3, 130, 140, 8, soft)
     whole = run(tensors, torch.float32, "triton")
-    monkeypatch.setattr(ops, "STATES_PER_CHUNK", 64)
-    monkeypatch.setattr(ops, "SCORES_PER_CHUNK", 2 * 64 * 140)
-    monkeypatch.setattr(ops, "TILES_PER_PROGRAM", 1)
+    monkeypatch.setattr(backward, "STATES_PER_CHUNK", 64)
+    monkeypatch.setattr(backward, "SCORES_PER_CHUNK", 2 * 64 * 140)
+    monkeypatch.setattr(forward, "TILES_PER_PROGRAM", 1)
     exact = compare(tensors, torch.float32)
     assert relative_error(whole["dkey"], exact["dkey"]) < 1e-5
 
 
 def test_no_buffer_holds_all_logits(monkeypatch):
     sizes = []
-    plain = ops.empty
+    plain = backward.empty
 
     def counted(*shape, **options):
         sizes.append(math.prod(shape))
         return plain(*shape, **options)
 
-    monkeypatch.setattr(ops, "empty", counted)
+    for module in (forward, backward):
+        monkeypatch.setattr(module, "empty", counted)
     B, N, S, D = 1, 192, 390, 8
     tensors = problem(B, N, S, D)
     run(tensors, torch.float32, "triton")
     assert max(sizes) >= N * S  # control: one chunk is all of so short a text
     sizes.clear()
-    monkeypatch.setattr(ops, "STATES_PER_CHUNK", 64)
+    monkeypatch.setattr(backward, "STATES_PER_CHUNK", 64)
     run(tensors, torch.float32, "triton")
     assert 64 * S == max(sizes) < N * S // 2
 
@@ -201,7 +204,8 @@ def test_nothing_in_nothing_out():
 def test_opcheck():
     tensors = problem(1, 9, 12, 8, soft=True)
     floats = [x.requires_grad_() for x in tensors[:3]]
-    integers = [x.int() for x in tensors[3:]]
+    # births and deaths as the operator wants them
+    integers = [x.int() for x in (*(x.clamp(0, 9) for x in tensors[3:5]), *tensors[5:])]
     torch.library.opcheck(torch.ops.insnext_kernels.slot_cross_entropy.default, (*floats, *integers, 10.0, 0.3))
     integers[3:] = [None, None]
     torch.library.opcheck(torch.ops.insnext_kernels.slot_cross_entropy.default, (*floats, *integers, 10.0, 0.3))
@@ -261,8 +265,12 @@ def test_auto_is_the_reference_on_a_cpu_and_the_kernels_on_a_gpu():
         ({5: torch.zeros(1, 8).int()}, {}, r"targets must be \[1, 9\], got \[1, 8\]"),
         ({6: torch.zeros(1, 13).int()}, {}, r"weights must be \[1, 12\], got \[1, 13\]"),
         ({6: None}, {}, "kinds need weights, got None"),
-        ({2: torch.randn(8).half()}, {}, "must have one dtype, got torch.float32, torch.float32 and torch.float16"),
-        ({}, {"cap": 0.0}, "cap must be positive, got 0.0"),
+        (
+            {2: torch.randn(8).half()},
+            {},
+            "must have one float dtype, got torch.float32, torch.float32 and torch.float16",
+        ),
+        ({}, {"cap": 0.0}, "cap must be positive and finite, got 0.0"),
         ({}, {"cap": 61.0, "impl": "triton"}, 'impl="triton" needs cap <= 60, .* got 61.0'),
         ({}, {"impl": "cuda"}, "impl must be one of .*'cuda'"),
     ],

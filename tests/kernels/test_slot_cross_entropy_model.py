@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from insnext_kernels import slot_cross_entropy
+from insnext_kernels.slot_cross_entropy import Kind
 from modeling_insnext.insnext import slot_losses
-from modeling_insnext.insnext.supervision import Supervision
+from modeling_insnext.insnext.supervision import Supervision, TargetKind
 from tests.support.equality import relative_error
 from tests.support.insnext import tiny_model
 from tests.support.kernels import DEVICE
@@ -69,6 +70,12 @@ def losses_and_gradients(model, inputs, implementation):
     (position * torch.randn(position.shape, device=DEVICE, dtype=position.dtype)).sum().backward()
     gradients = {name: x.grad for name, x in model.slot_head.named_parameters() if x.grad is not None}
     return {"loss": position.detach(), "hidden": hidden.grad, **gradients}
+
+
+def test_model_and_kernel_number_the_kinds_of_targets_alike():
+    """Neither imports the other's enum: the numbers are the contract."""
+    same = {"HARD": "ITS_TARGET", "PROPORTIONAL": "BY_WEIGHT", "EQUAL": "ALIKE"}
+    assert {same[kind.name]: int(kind) for kind in TargetKind} == {kind.name: int(kind) for kind in Kind}
 
 
 @pytest.mark.parametrize("soft", [False, True])

@@ -42,28 +42,41 @@ def compile_launch(self: JITFunction, *args, grid, warmup, **kwargs) -> None:
     bound = inspect.signature(self.fn).bind(*args, **kwargs)
     bound.apply_defaults()
     signature, constants, attributes = {}, {}, {}
-    for i, (param, value) in enumerate(zip(self.params, bound.arguments.values(), strict=True)):
-        if param.is_constexpr or value is None:
-            signature[param.name], constants[(i,)] = "constexpr", value
-            continue
-        specialise = not param.do_not_specialize
-        if specialise and type(value) is int and value == 1:
-            signature[param.name], constants[(i,)] = "constexpr", 1
-            continue
-        signature[param.name] = mangle_type(value)
+
+    def type_of(value, path: tuple[int, ...], constant: bool, specialise: bool):
+        """Return the type of an argument, of a tuple those of its parts; note constants and alignment."""
+        if isinstance(value, tuple) and not constant:
+            # Triton specialises the parts of a tuple whatever is said of the tuple
+            parts = [type_of(part, (*path, i), False, True) for i, part in enumerate(value)]
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if constant or value is None or specialise and type(value) is int and value == 1:
+            constants[path] = value
+            return "constexpr"
         aligned = value.data_ptr() if isinstance(value, torch.Tensor) else value
         if specialise and isinstance(aligned, int) and not isinstance(aligned, bool) and aligned % 16 == 0:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    key = (self.fn.__qualname__, *signature.values(), *map(str, constants.items()), *options.items(), str(attributes))
+            attributes[path] = [["tt.divisibility", 16]]
+        return mangle_type(value)
+
+    for i, (param, value) in enumerate(zip(self.params, bound.arguments.values(), strict=True)):
+        signature[param.name] = type_of(value, (i,), param.is_constexpr, not param.do_not_specialize)
+    key = (
+        self.fn.__qualname__,
+        str(signature),
+        str(constants),
+        str(attributes),
+        *options.items(),
+    )
     if key in REPORTS:
         return
     source = ASTSource(self, signature, constants, attributes)
     compiled = triton.compile(source, target=TARGET, options=options)
-    tensors = [type_[1:] for type_ in signature.values() if type_.startswith("*")]
+    tensors = re.findall(r"\*(\w+)", str(signature))
     REPORTS[key] = {
         "name": self.fn.__name__,
         "dtypes": sorted(set(tensors)),
-        "constants": {self.params[i].name: str(value) for (i,), value in constants.items()},
+        "constants": {
+            ".".join([self.params[i].name, *map(str, parts)]): str(value) for (i, *parts), value in constants.items()
+        },
         "warps": compiled.metadata.num_warps,
         "stages": compiled.metadata.num_stages,
         "shared": compiled.metadata.shared,

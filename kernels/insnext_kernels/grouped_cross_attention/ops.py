@@ -6,11 +6,11 @@ Triton is imported where a launch happens, so this module needs torch only.
 import torch
 from torch import Tensor
 
+from ..common import full_programs, operator
+
 
 # a tile of the tensor cores; more queries than this fill a GPU by themselves
 MAX_DECODE_ROWS = 16
-# programs that fill the 132 multiprocessors of a Hopper GPU twice
-FULL = 264
 
 
 def _rows(q: Tensor, k: Tensor, indices: Tensor) -> int:
@@ -21,14 +21,14 @@ def _rows(q: Tensor, k: Tensor, indices: Tensor) -> int:
 def wants_decode(q: Tensor, k: Tensor, indices: Tensor) -> bool:
     """Return whether one program for all slots of a query chunk would leave the GPU idle."""
     programs = indices.shape[0] * indices.shape[1] * k.shape[1]
-    return _rows(q, k, indices) <= MAX_DECODE_ROWS and programs < FULL
+    return _rows(q, k, indices) <= MAX_DECODE_ROWS and programs < full_programs(q)
 
 
 def decode_parts(q: Tensor, k: Tensor, indices: Tensor) -> int:
     """Return into how many parts the keys of a slot are cut: at least 16 keys each, and fewer results than values."""
     programs = indices.numel() * k.shape[1]
     S, parts = k.shape[3], 1
-    while programs * parts < FULL and 2 * parts * 16 <= S and 2 * parts * _rows(q, k, indices) <= S // 2:
+    while programs * parts < full_programs(q) and 2 * parts * 16 <= S and 2 * parts * _rows(q, k, indices) <= S // 2:
         parts *= 2
     return parts
 
@@ -41,11 +41,11 @@ def _rows_contiguous(*tensors: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
-@torch.library.custom_op("insnext_kernels::gca_forward", mutates_args=())
+@operator("gca_forward")
 def forward(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, off_by_one: bool, scale: float, save_lse: bool
 ) -> tuple[Tensor, Tensor]:
-    from .triton_forward import launch_forward
+    from .triton.forward import launch_forward
 
     tensors = *_rows_contiguous(q, k, v), *_contiguous(indices, weights)
     return launch_forward(*tensors, off_by_one, scale, save_lse)
@@ -58,11 +58,11 @@ def _(q, k, v, indices, weights, off_by_one, scale, save_lse):
     return q.new_empty(B, T, H, D).transpose(1, 2), q.new_empty(lse_shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("insnext_kernels::gca_backward_q", mutates_args=())
+@operator("gca_backward_q")
 def backward_q(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .triton_backward import launch_backward_q
+    from .triton.backward import launch_backward_q
 
     return launch_backward_q(*_rows_contiguous(do, q, k, v), *_contiguous(indices, weights), lse, scale)
 
@@ -74,7 +74,7 @@ def _(do, q, k, v, indices, weights, lse, scale):
     return q.new_empty(B, T, H, D).transpose(1, 2), dweights, lse.new_empty(lse.shape)
 
 
-@torch.library.custom_op("insnext_kernels::gca_backward_kv", mutates_args=())
+@operator("gca_backward_kv")
 def backward_kv(
     do: Tensor,
     q: Tensor,
@@ -86,7 +86,7 @@ def backward_kv(
     delta: Tensor,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    from .triton_backward import launch_backward_kv
+    from .triton.backward import launch_backward_kv
 
     return launch_backward_kv(*_rows_contiguous(do, q, k, v), *_contiguous(indices, weights), lse, delta, scale)
 
@@ -120,11 +120,11 @@ def _backward(ctx, do, _dlse):
 forward.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("insnext_kernels::gca_decode", mutates_args=())
+@operator("gca_decode")
 def decode(
     q: Tensor, k: Tensor, v: Tensor, indices: Tensor, weights: Tensor, off_by_one: bool, scale: float
 ) -> Tensor:
-    from .triton_decode import launch_decode
+    from .triton.decode import launch_decode
 
     parts = decode_parts(q, k, indices)
     return launch_decode(*_rows_contiguous(q, k, v), *_contiguous(indices, weights), off_by_one, scale, parts)

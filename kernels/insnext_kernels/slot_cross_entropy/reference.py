@@ -2,6 +2,12 @@
 
 import torch
 
+from .kinds import Kind
+
+
+# as plain numbers, which torch.compile knows to compare
+ITS_TARGET, ALIKE = int(Kind.ITS_TARGET), int(Kind.ALIKE)
+
 
 def slot_cross_entropy_reference(
     query_BND: torch.Tensor,
@@ -27,14 +33,14 @@ def slot_cross_entropy_reference(
     logits = cap * torch.tanh(scores * scale / cap)
     log_p = logits.masked_fill(~_with_stop(alive_BNS, True), -torch.inf).log_softmax(2)
 
-    hard_BN = -log_p.gather(2, targets_BN.clamp_min(0).long()[..., None]).squeeze(2)
-    loss_BN = torch.where(targets_BN >= 0, hard_BN, 0.0)
+    hard_BN = -log_p.gather(2, targets_BN.clamp(0, S).long()[..., None]).squeeze(2)
+    loss_BN = torch.where(targets_BN >= 0, hard_BN, 0.0).masked_fill(targets_BN > S, torch.inf)
     if kinds_BN is None:
         return loss_BN
-    weight = torch.where(kinds_BN[..., None] == 2, weights_BS[:, None].clamp_max(1), weights_BS[:, None])
+    weight = torch.where(kinds_BN[..., None] == ALIKE, weights_BS[:, None].clamp_max(1), weights_BS[:, None])
     weight = _with_stop(weight * alive_BNS, 0)
     soft_BN = -(weight * log_p.masked_fill(weight == 0, 0.0)).sum(2) / weight.sum(2).clamp_min(1)
-    is_soft_BN = (kinds_BN > 0) & (targets_BN >= 0) & (targets_BN < S)
+    is_soft_BN = (kinds_BN != ITS_TARGET) & (targets_BN >= 0) & (targets_BN < S)
     return torch.where(is_soft_BN, soft_BN, loss_BN)
 
 

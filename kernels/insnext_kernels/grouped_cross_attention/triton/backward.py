@@ -21,8 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import common
-from .triton_tiles import LOG2_E, constants, load_slot, load_tile, row_offsets, store_tile, tiles
+from ... import common
+from ...language import LOG2_E, matrices, widened
+from .tiles import chunks, constants, load_slot, load_tile, row_offsets, store_tile, tiles
 
 
 @triton.jit
@@ -41,42 +42,44 @@ def _query_gradient(b_q, b_do, b_k, b_v, b_dq, b_lse, b_w, qk_scale, S: tl.const
 @triton.jit
 def _gca_bwd_q_kernel(
     q, k, v, indices, weights, do, lse, dq, delta, dw,
-    q_b, q_h, q_t, k_b, k_g, k_n, k_s, v_b, v_g, v_n, v_s, do_b, do_h, do_t, dq_b, dq_h, dq_t,
     scale, qk_scale, M, N, K, T, TILES,
     GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, TAIL: tl.constexpr, UPCAST: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     i_c, i_tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     i_g, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     C = tl.num_programs(0) // TILES
     i_t = i_c.to(tl.int64) * M
-    q += i_b * q_b + i_g * GROUP * q_h + i_t * q_t
-    do += i_b * do_b + i_g * GROUP * do_h + i_t * do_t
-    dq += i_b * dq_b + i_g * GROUP * dq_h + i_t * dq_t
+    p_q = q.data + i_b * q.batch + i_g * GROUP * q.head + i_t * q.row
+    p_do = do.data + i_b * do.batch + i_g * GROUP * do.head + i_t * do.row
+    p_dq = dq.data + i_b * dq.batch + i_g * GROUP * dq.head + i_t * dq.row
+    q_row, do_row, dq_row = widened(q.row, WIDE), widened(do.row, WIDE), widened(dq.row, WIDE)
+    k_row, v_row = widened(k.row, WIDE), widened(v.row, WIDE)
     lse += (i_b * tl.num_programs(1) + i_g) * GROUP * K * T + i_t
     delta += (i_b * tl.num_programs(1) + i_g) * GROUP * K * T + i_t
     # [B, G, C, TILES, K]
     dw += ((i_b * tl.num_programs(1) + i_g) * tl.num_programs(0) + tl.program_id(0)) * K
-    k += i_b * k_b + i_g * k_g
-    v += i_b * v_b + i_g * v_g
+    p_k = k.data + i_b * k.batch + i_g * k.head
+    p_v = v.data + i_b * v.batch + i_g * v.head
     indices += (i_b * C + i_c) * K
     weights += (i_b * C + i_c) * K
 
     o_h, o_m, m_r = row_offsets(i_tile * BLOCK_M, M, GROUP, BLOCK_M)
-    b_q = load_tile(q, o_h * q_h + o_m * q_t, m_r, D, BLOCK_D, UPCAST)
-    b_do = load_tile(do, o_h * do_h + o_m * do_t, m_r, D, BLOCK_D, UPCAST)
+    b_q = load_tile(p_q, o_h * q.head + o_m * q_row, m_r, D, BLOCK_D, UPCAST)
+    b_do = load_tile(p_do, o_h * do.head + o_m * do_row, m_r, D, BLOCK_D, UPCAST)
     b_dq = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
     if TAIL:
         o_h2, o_m2, m_r2 = row_offsets(BLOCK_M, M, GROUP, TAIL)
-        b_q2 = load_tile(q, o_h2 * q_h + o_m2 * q_t, m_r2, D, BLOCK_D, UPCAST)
-        b_do2 = load_tile(do, o_h2 * do_h + o_m2 * do_t, m_r2, D, BLOCK_D, UPCAST)
+        b_q2 = load_tile(p_q, o_h2 * q.head + o_m2 * q_row, m_r2, D, BLOCK_D, UPCAST)
+        b_do2 = load_tile(p_do, o_h2 * do.head + o_m2 * do_row, m_r2, D, BLOCK_D, UPCAST)
         b_dq2 = tl.zeros([TAIL, BLOCK_D], dtype=tl.float32)
     o_s = tl.arange(0, BLOCK_S)
     for i_k in range(0, K):
         i_n, b_size, b_w = load_slot(indices, weights, i_k, N, S)
         m_s = o_s < b_size
-        b_k = load_tile(k + i_n * k_n, o_s * k_s, m_s, D, BLOCK_D, UPCAST)
-        b_v = load_tile(v + i_n * v_n, o_s * v_s, m_s, D, BLOCK_D, UPCAST)
+        b_k = load_tile(p_k + i_n * k.chunk, o_s * k_row, m_s, D, BLOCK_D, UPCAST)
+        b_v = load_tile(p_v + i_n * v.chunk, o_s * v_row, m_s, D, BLOCK_D, UPCAST)
         o_row = (o_h * K + i_k) * T + o_m
         b_lse = tl.load(lse + o_row, mask=m_r, other=0.0)
         b_dq, b_delta = _query_gradient(b_q, b_do, b_k, b_v, b_dq, b_lse, b_w, qk_scale, S, BLOCK_S)
@@ -89,9 +92,9 @@ def _gca_bwd_q_kernel(
             tl.store(delta + o_row2, b_delta2, mask=m_r2)
             b_dw += tl.sum(b_delta2, 0)
         tl.store(dw + i_k, b_dw)
-    store_tile(dq, o_h * dq_h + o_m * dq_t, m_r, b_dq * scale, D, BLOCK_D)
+    store_tile(p_dq, o_h * dq.head + o_m * dq_row, m_r, b_dq * scale, D, BLOCK_D)
     if TAIL:
-        store_tile(dq, o_h2 * dq_h + o_m2 * dq_t, m_r2, b_dq2 * scale, D, BLOCK_D)
+        store_tile(p_dq, o_h2 * dq.head + o_m2 * dq_row, m_r2, b_dq2 * scale, D, BLOCK_D)
 
 
 def launch_backward_q(do, q, k, v, indices, weights, lse, scale: float):
@@ -104,10 +107,9 @@ def launch_backward_q(do, q, k, v, indices, weights, lse, scale: float):
     delta = common.empty(B, H, K, T, like=lse)
     dw = common.empty(B, G, C, tile.count, K, like=lse)
     _gca_bwd_q_kernel[(C * tile.count, G, B)](
-        q, k, v, indices, weights, do, lse, dq, delta, dw,
-        *q.stride()[:3], *k.stride()[:4], *v.stride()[:4], *do.stride()[:3], *dq.stride()[:3],
-        scale, scale * LOG2_E, T // C, N, K, T, tile.count,
-        BLOCK_M=tile.block_m, TAIL=tile.tail, **constants(q, k),
+        matrices(q), chunks(k), chunks(v), indices, weights, matrices(do), lse, matrices(dq), delta, dw,
+        scale, scale * LOG2_E.value, T // C, N, K, T, tile.count,
+        BLOCK_M=tile.block_m, TAIL=tile.tail, **constants(q, k, v, do, dq),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return dq, dw.sum((1, 3)).to(weights.dtype), delta
@@ -117,14 +119,16 @@ def inverted_index(indices: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.T
     """Return for each batch row the slots sorted by chunk, and where in that list each chunk begins.
 
     Returns:
-        chunks `[B, C * K]` int32 ascending, `N` where there is none; slots `[B, C * K]`, c * K + i; bounds
+        listed chunks `[B, C * K]` int32 ascending, `N` where there is none; slots `[B, C * K]`, c * K + i; bounds
         `[B, N + 1]`.
     """
     B = indices.shape[0]
-    flat = indices.reshape(B, -1).to(torch.int32)
-    chunks, slots = torch.sort(flat.masked_fill(flat < 0, N), dim=1, stable=True)
+    # what is no chunk goes to the end, before an index that does not fit 32 bits could become one
+    flat = indices.reshape(B, -1)
+    flat = flat.masked_fill((flat < 0) | (flat > N), N).to(torch.int32)
+    listed, slots = torch.sort(flat, dim=1, stable=True)
     numbers = torch.arange(N + 1, dtype=torch.int32, device=indices.device).expand(B, N + 1)
-    return chunks, slots, torch.searchsorted(chunks, numbers.contiguous(), out_int32=True)
+    return listed, slots, torch.searchsorted(listed, numbers.contiguous(), out_int32=True)
 
 
 @triton.jit
@@ -142,17 +146,17 @@ def _chunk_gradients(b_k, b_v, b_q, b_do, b_dk, b_dv, b_lse, b_delta, b_w, qk_sc
 
 @triton.jit
 def _gca_bwd_kv_kernel(
-    q, k, v, weights, do, lse, delta, chunks, slots, bounds, dk, dv, dk_more, dv_more,
-    q_b, q_h, q_t, k_b, k_g, k_n, k_s, v_b, v_g, v_n, v_s, do_b, do_h, do_t, dk_b, dk_g, dk_n, dk_s,
+    q, k, v, weights, do, lse, delta, listed, slots, bounds, dk, dv, dk_more, dv_more,
     scale, qk_scale, M, N, K, T, TILES, PAIRS, SEGMENTS, L,
     GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, TAIL: tl.constexpr, MORE: tl.constexpr, UPCAST: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     i_g, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if MORE:
         # the only segment, if any, that begins in [i_low, i_low + L) and is not its chunk's first
         i_low = (tl.program_id(0) + 1) * L
-        i_n = tl.load(chunks + i_b * PAIRS + i_low)
+        i_n = tl.load(listed + i_b * PAIRS + i_low)
         if i_n >= N:
             return
         i_first = tl.load(bounds + i_b * (N + 1) + i_n)
@@ -167,15 +171,19 @@ def _gca_bwd_kv_kernel(
     i_stop = tl.minimum(i_start + L, i_last)
 
     i_n = i_n.to(tl.int64)
-    q += i_b * q_b + i_g * GROUP * q_h
-    do += i_b * do_b + i_g * GROUP * do_h
+    p_q = q.data + i_b * q.batch + i_g * GROUP * q.head
+    p_do = do.data + i_b * do.batch + i_g * GROUP * do.head
+    q_row, do_row = widened(q.row, WIDE), widened(do.row, WIDE)
+    k_row, v_row = widened(k.row, WIDE), widened(v.row, WIDE)
+    p_k = k.data + i_b * k.batch + i_g * k.head + i_n * k.chunk
+    p_v = v.data + i_b * v.batch + i_g * v.head + i_n * v.chunk
     lse += (i_b * tl.num_programs(1) + i_g) * GROUP * K * T
     delta += (i_b * tl.num_programs(1) + i_g) * GROUP * K * T
     slots += i_b * PAIRS
     weights += i_b * PAIRS
     o_s = tl.arange(0, BLOCK_S)
-    b_k = load_tile(k + i_b * k_b + i_g * k_g + i_n * k_n, o_s * k_s, o_s < S, D, BLOCK_D, UPCAST)
-    b_v = load_tile(v + i_b * v_b + i_g * v_g + i_n * v_n, o_s * v_s, o_s < S, D, BLOCK_D, UPCAST)
+    b_k = load_tile(p_k, o_s * k_row, o_s < S, D, BLOCK_D, UPCAST)
+    b_v = load_tile(p_v, o_s * v_row, o_s < S, D, BLOCK_D, UPCAST)
     b_dk = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_S, BLOCK_D], dtype=tl.float32)
     for i_pair in range(i_start * TILES, i_stop * TILES):
@@ -185,8 +193,8 @@ def _gca_bwd_kv_kernel(
         o_h, o_m, m_r = row_offsets((i_pair % TILES) * BLOCK_M, M, GROUP, BLOCK_M)
         o_t = i_t + o_m
         o_row = (o_h * K + i_k) * T + o_t
-        b_q = load_tile(q, o_h * q_h + o_t * q_t, m_r, D, BLOCK_D, UPCAST)
-        b_do = load_tile(do, o_h * do_h + o_t * do_t, m_r, D, BLOCK_D, UPCAST)
+        b_q = load_tile(p_q, o_h * q.head + o_t * q_row, m_r, D, BLOCK_D, UPCAST)
+        b_do = load_tile(p_do, o_h * do.head + o_t * do_row, m_r, D, BLOCK_D, UPCAST)
         b_lse = tl.load(lse + o_row, mask=m_r, other=0.0)
         b_delta = tl.load(delta + o_row, mask=m_r, other=0.0)
         b_dk, b_dv = _chunk_gradients(b_k, b_v, b_q, b_do, b_dk, b_dv, b_lse, b_delta, b_w, qk_scale)
@@ -194,8 +202,8 @@ def _gca_bwd_kv_kernel(
             o_h2, o_m2, m_r2 = row_offsets(BLOCK_M, M, GROUP, TAIL)
             o_t2 = i_t + o_m2
             o_row2 = (o_h2 * K + i_k) * T + o_t2
-            b_q2 = load_tile(q, o_h2 * q_h + o_t2 * q_t, m_r2, D, BLOCK_D, UPCAST)
-            b_do2 = load_tile(do, o_h2 * do_h + o_t2 * do_t, m_r2, D, BLOCK_D, UPCAST)
+            b_q2 = load_tile(p_q, o_h2 * q.head + o_t2 * q_row, m_r2, D, BLOCK_D, UPCAST)
+            b_do2 = load_tile(p_do, o_h2 * do.head + o_t2 * do_row, m_r2, D, BLOCK_D, UPCAST)
             b_lse2 = tl.load(lse + o_row2, mask=m_r2, other=0.0)
             b_delta2 = tl.load(delta + o_row2, mask=m_r2, other=0.0)
             b_dk, b_dv = _chunk_gradients(b_k, b_v, b_q2, b_do2, b_dk, b_dv, b_lse2, b_delta2, b_w, qk_scale)
@@ -211,9 +219,10 @@ def _gca_bwd_kv_kernel(
             p_segment = p_more + (i_more // L - 1).to(tl.int64) * S * D
             b_dk += load_tile(dk_more + p_segment, o_s * D, o_s < S, D, BLOCK_D, False)
             b_dv += load_tile(dv_more + p_segment, o_s * D, o_s < S, D, BLOCK_D, False)
-        p_chunk = i_b * dk_b + i_g * dk_g + i_n * dk_n
-        store_tile(dk + p_chunk, o_s * dk_s, o_s < S, b_dk * scale, D, BLOCK_D)
-        store_tile(dv + p_chunk, o_s * dk_s, o_s < S, b_dv, D, BLOCK_D)
+        p_chunk = i_b * dk.batch + i_g * dk.head + i_n * dk.chunk
+        dk_row = widened(dk.row, WIDE)
+        store_tile(dk.data + p_chunk, o_s * dk_row, o_s < S, b_dk * scale, D, BLOCK_D)
+        store_tile(dv.data + p_chunk, o_s * dk_row, o_s < S, b_dv, D, BLOCK_D)
 
 
 def segment_length(K: int) -> int:
@@ -233,14 +242,14 @@ def launch_backward_kv(do, q, k, v, indices, weights, lse, delta, scale: float):
     L = segment_length(K)
     segments = (C * K - 1) // L
     dk_more, dv_more = (common.empty(B, G, segments, S, D, like=lse) for _ in range(2))
-    chunks, slots, bounds = inverted_index(indices, N)
+    index = inverted_index(indices, N)
     for more, programs in ((True, segments), (False, N)):
         if programs:
             _gca_bwd_kv_kernel[(programs, G, B)](
-                q, k, v, weights, do, lse, delta, chunks, slots, bounds, dk, dv, dk_more, dv_more,
-                *q.stride()[:3], *k.stride()[:4], *v.stride()[:4], *do.stride()[:3], *dk.stride()[:4],
-                scale, scale * LOG2_E, T // C, N, K, T, tile.count, C * K, segments, L,
-                BLOCK_M=tile.block_m, TAIL=tile.tail, MORE=more, **constants(q, k),
+                matrices(q), chunks(k), chunks(v), weights, matrices(do), lse, delta, *index,
+                chunks(dk), chunks(dv), dk_more, dv_more,
+                scale, scale * LOG2_E.value, T // C, N, K, T, tile.count, C * K, segments, L,
+                BLOCK_M=tile.block_m, TAIL=tile.tail, MORE=more, **constants(q, k, v, do, dk),
                 num_warps=tile.num_warps, num_stages=tile.num_stages,
             )  # fmt: skip
     return dk, dv

@@ -12,25 +12,58 @@ most 64 keys, since only one block can reach beyond its end. A longer window (st
 is right too, it only costs more.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch.nn.functional import pad
+
+from ...common import empty
+from ..ops import FEW_QUERIES, TILE, ranks
+from .tiles import (
+    BLOCK_FIELDS,
+    FULL_END,
+    FULL_FIRST,
+    FULL_HI,
+    FULL_LO,
+    HI,
+    HORIZON,
+    LO,
+    OWN,
+    QUERY_FIELDS,
+    SEEN_END,
+    SEEN_FIRST,
+    START,
+    TILE_FIELDS,
+    WIDE_END,
+    WIDE_FIRST,
+    WINDOW_FIRST,
+    WINDOW_HI,
+    WINDOW_LAST,
+    WINDOW_LO,
+    last_key,
+)
 
 
+# tiles that a program of the rows goes through
+TABLE_STEPS = 32
+# comparisons of a few queries' rows from which a sort is to cost less; an estimate, no GPU was at hand
+SORTED_FROM = 2**29
 # more than any index, and room to add 1
 NONE = tl.constexpr(1 << 30)
 
 
 @triton.jit(do_not_specialize=["Q"])
 def _plan_kernel(
-    keys, start, horizon, entries, queries, tiles, windows, Q, K, stride_f,
+    keys, start, horizon, entries, queries, tiles, windows, Q, K,
     W: tl.constexpr, M: tl.constexpr, BK: tl.constexpr, TABLE: tl.constexpr, LAST: tl.constexpr,
 ):  # fmt: skip
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # M queries of a tile of W, where there are no more; behind the last query it is repeated
     o_i = tl.minimum(i_t * W + tl.arange(0, M), Q - 1)
-    b_start = tl.maximum(tl.load(start + i_b * Q + o_i), 0).to(tl.int32)
-    b_horizon = tl.minimum(tl.load(horizon + i_b * Q + o_i), K - 1).to(tl.int32)
-    b_entry = tl.load(entries + i_b * Q + o_i).to(tl.int32)
+    # both ends are bounded on both sides before anything is narrowed
+    b_start = tl.minimum(tl.maximum(tl.load(start + i_b * Q + o_i), 0), K).to(tl.int32)
+    b_horizon = tl.minimum(tl.maximum(tl.load(horizon + i_b * Q + o_i), -1), K - 1).to(tl.int32)
+    b_entry = tl.minimum(tl.maximum(tl.load(entries + i_b * Q + o_i), 0), K - 1).to(tl.int32)
     m_i = b_start <= b_horizon
 
     i_lo = tl.min(tl.where(m_i, b_start, NONE), 0)
@@ -54,13 +87,13 @@ def _plan_kernel(
         is_plain = is_plain & (i_second == NONE) & (i_w1 == i_hi) & (i_w1 - i_w0 <= W)
     i_full_hi = tl.where(is_plain, i_full_hi, 0)
 
-    p_tile = tiles + (i_b * tl.num_programs(0) + i_t) * 6
-    tl.store(p_tile, i_lo)
-    tl.store(p_tile + 1, i_hi)
-    tl.store(p_tile + 2, i_w0)
-    tl.store(p_tile + 3, i_w1)
-    tl.store(p_tile + 4, i_full_lo)
-    tl.store(p_tile + 5, i_full_hi)
+    p_tile = tiles + (i_b * tl.num_programs(0) + i_t) * TILE_FIELDS
+    tl.store(p_tile + LO, i_lo)
+    tl.store(p_tile + HI, i_hi)
+    tl.store(p_tile + WINDOW_LO, i_w0)
+    tl.store(p_tile + WINDOW_HI, i_w1)
+    tl.store(p_tile + FULL_LO, i_full_lo)
+    tl.store(p_tile + FULL_HI, i_full_hi)
 
     if TABLE:
         b_key = tl.load(keys + i_b * K + b_entry)
@@ -76,14 +109,14 @@ def _plan_kernel(
     else:
         b_own = tl.minimum(tl.maximum(b_entry, b_start), b_horizon + 1)
 
-    # [5, B, Q]: start, horizon, own count, start and horizon inside the window (-1 left, W right of it)
-    p_query = queries + i_b * Q + o_i
-    tl.store(p_query, b_start)
-    tl.store(p_query + stride_f, b_horizon)
-    tl.store(p_query + 2 * stride_f, b_own)
-    tl.store(p_query + 3 * stride_f, tl.where(b_start < i_w0, -1, tl.minimum(b_start - i_w0, W)))
+    p_query = queries + i_b * QUERY_FIELDS * Q + o_i
+    tl.store(p_query + START * Q, b_start)
+    tl.store(p_query + HORIZON * Q, b_horizon)
+    tl.store(p_query + OWN * Q, b_own)
+    # inside the window; -1 is left, W right of it
+    tl.store(p_query + WINDOW_FIRST * Q, tl.where(b_start < i_w0, -1, tl.minimum(b_start - i_w0, W)))
     b_last = tl.minimum(tl.maximum(b_horizon - i_w0, -1), W - 1)
-    tl.store(p_query + 4 * stride_f, tl.where(b_horizon >= i_w1, W, b_last))
+    tl.store(p_query + WINDOW_LAST * Q, tl.where(b_horizon >= i_w1, W, b_last))
 
 
 @triton.jit
@@ -110,8 +143,9 @@ def _rows_kernel(
     b_left = tl.zeros([BJ], dtype=tl.int32)
     i_from, i_to = 0, 0
     for i_t in range(i_part * STEPS, tl.minimum(T, (i_part + 1) * STEPS)):
-        p_tile = tiles + (i_b * T + i_t) * 6
-        i_lo, i_hi, i_w0, i_w1 = tl.load(p_tile), tl.load(p_tile + 1), tl.load(p_tile + 2), tl.load(p_tile + 3)
+        p_tile = tiles + (i_b * T + i_t) * TILE_FIELDS
+        i_lo, i_hi = tl.load(p_tile + LO), tl.load(p_tile + HI)
+        i_w0, i_w1 = tl.load(p_tile + WINDOW_LO), tl.load(p_tile + WINDOW_HI)
         if (i_lo < i_j + BJ) & (i_hi > i_j):
             if tl.abs(i_lo - i_from) + tl.abs(i_w0 - i_to) > i_w0 - i_lo:
                 b_left = tl.zeros([BJ], dtype=tl.int32)
@@ -134,11 +168,11 @@ def _blocks_kernel(tiles, blocks, T, W: tl.constexpr, BT: tl.constexpr):
     b_wide_first, b_wide_last = b_first, b_last
     for i_t in range(0, T, BT):
         o_t = i_t + tl.arange(0, BT)
-        p_tile = tiles + (i_b * T + o_t) * 6
-        b_lo, b_hi = tl.load(p_tile, mask=o_t < T, other=0), tl.load(p_tile + 1, mask=o_t < T, other=0)
-        b_w0, b_w1 = tl.load(p_tile + 2, mask=o_t < T, other=0), tl.load(p_tile + 3, mask=o_t < T, other=0)
-        b_full_lo = tl.load(p_tile + 4, mask=o_t < T, other=0)
-        b_full_hi = tl.load(p_tile + 5, mask=o_t < T, other=0)
+        p_tile, m_t = tiles + (i_b * T + o_t) * TILE_FIELDS, o_t < T
+        b_lo, b_hi = tl.load(p_tile + LO, mask=m_t, other=0), tl.load(p_tile + HI, mask=m_t, other=0)
+        b_w0, b_w1 = tl.load(p_tile + WINDOW_LO, mask=m_t, other=0), tl.load(p_tile + WINDOW_HI, mask=m_t, other=0)
+        b_full_lo = tl.load(p_tile + FULL_LO, mask=m_t, other=0)
+        b_full_hi = tl.load(p_tile + FULL_HI, mask=m_t, other=0)
         m_seen = (b_lo < i_j + W) & (b_hi > i_j)
         m_wide = m_seen & (b_w1 - b_w0 > W)
         m_narrow = m_seen & (b_w1 - b_w0 <= W)
@@ -152,15 +186,57 @@ def _blocks_kernel(tiles, blocks, T, W: tl.constexpr, BT: tl.constexpr):
     # intervals that do not ascend may leave holes
     if tl.sum(b_full, 0) != i_full_last - i_full_first:
         i_full_first, i_full_last = i_last, i_last
-    p_block = blocks + (i_b * tl.num_programs(0) + i_n) * 6
-    tl.store(p_block, tl.min(b_first, 0))
-    tl.store(p_block + 1, i_last)
-    tl.store(p_block + 2, i_full_first)
-    tl.store(p_block + 3, i_full_last)
-    tl.store(p_block + 4, tl.min(b_wide_first, 0))
-    tl.store(p_block + 5, tl.max(b_wide_last, 0))
+    p_block = blocks + (i_b * tl.num_programs(0) + i_n) * BLOCK_FIELDS
+    tl.store(p_block + SEEN_FIRST, tl.min(b_first, 0))
+    tl.store(p_block + SEEN_END, i_last)
+    tl.store(p_block + FULL_FIRST, i_full_first)
+    tl.store(p_block + FULL_END, i_full_last)
+    tl.store(p_block + WIDE_FIRST, tl.min(b_wide_first, 0))
+    tl.store(p_block + WIDE_END, tl.max(b_wide_last, 0))
 
 
 @triton.jit
 def _stretch(b_first, b_last, m_t, o_t):
     return tl.where(m_t, tl.minimum(b_first, o_t), b_first), tl.where(m_t, tl.maximum(b_last, o_t + 1), b_last)
+
+
+def launch_table(keys, horizon, start, entries, num_keys: int, outputs: tuple[torch.Tensor, ...]) -> None:
+    """Fill the tensors that `ops.table_outputs` made, in their order."""
+    (B, Q), K = horizon.shape, num_keys
+    queries, tiles, windows, rows, blocks = outputs
+    T, few, in_text = tiles.shape[1], Q <= FEW_QUERIES, keys is not None
+    last = last_key(keys) if in_text else 0
+    _plan_kernel[(T, B)](
+        keys if in_text else tiles, start, horizon, entries, queries, tiles, windows if in_text else tiles, Q, K,
+        W=TILE, M=FEW_QUERIES if few else TILE, BK=256 if few else 128, TABLE=in_text, LAST=last, num_warps=8,
+    )  # fmt: skip
+    if in_text and few and B * K**2 >= SORTED_FROM:
+        sorted_rows(keys, tiles, rows)
+    elif in_text:
+        # one step waits for this: few long strides, and many programs
+        block, stride, warps = (32, 256, 8) if few else (64, 64, 4)
+        _rows_kernel[(triton.cdiv(K, block), triton.cdiv(T, TABLE_STEPS), B)](
+            keys, tiles, rows, K, T, STEPS=TABLE_STEPS, BJ=block, BK=stride, LAST=last, num_warps=warps
+        )
+    if not few:
+        launch_blocks(tiles, K, blocks)
+
+
+def launch_blocks(tiles: torch.Tensor, num_keys: int, blocks: torch.Tensor | None = None) -> torch.Tensor:
+    """Return which tiles see each block of keys, written into `blocks` where given."""
+    B, T = tiles.shape[:2]
+    n_blocks = triton.cdiv(num_keys, TILE)
+    blocks = empty(B, n_blocks, 6, like=tiles) if blocks is None else blocks
+    _blocks_kernel[(n_blocks, B)](tiles, blocks, T, W=TILE, BT=128, num_warps=4)
+    return blocks
+
+
+def sorted_rows(keys_BK: torch.Tensor, tiles_B16: torch.Tensor, rows_B12K: torch.Tensor) -> None:
+    """Write the rows of one tile of queries in O(K log K), where `_rows_kernel` makes O(K^2) comparisons."""
+    sorted_BK, order_BK = keys_BK.sort(1)
+    rank_BK = ranks(keys_BK, sorted_BK)
+    lo_B1, hi_B1, w0_B1, w1_B1, _, _ = tiles_B16[:, 0, :, None].unbind(1)
+    for row, (first_B1, end_B1) in enumerate(((lo_B1, w0_B1), (w1_B1, hi_B1))):
+        counted_BK = (order_BK >= first_B1) & (order_BK < end_B1)
+        before_BK = pad(counted_BK.cumsum(1), (1, 0))
+        rows_B12K[:, 0, row] = before_BK.gather(1, rank_BK)

@@ -8,8 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import common
-from .triton_tiles import LOG2_E, block, constants, load_slot, load_tile, row_offsets, store_tile
+from ... import common
+from ...language import LOG2_E, block, matrices, widened
+from .tiles import chunks, constants, load_slot, load_tile, row_offsets, store_tile
 
 
 # slots that the joining kernel takes at a time
@@ -19,10 +20,10 @@ BLOCK_SLOTS = 8
 @triton.jit
 def _gca_part_kernel(
     q, k, v, indices, weights, part, part_lse,
-    q_b, q_h, q_t, k_b, k_g, k_n, k_s, v_b, v_g, v_n, v_s,
     qk_scale, M, N, K, C, PARTS,
     GROUP: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     i_k, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     i_g, i_bc = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -34,9 +35,12 @@ def _gca_part_kernel(
     o_h, o_m, m_r = row_offsets(0, M, GROUP, BLOCK_M)
     o_s = i_part * BLOCK_S + tl.arange(0, BLOCK_S)
     m_s = o_s < b_size
-    b_q = load_tile(q + i_b * q_b + i_g * GROUP * q_h + i_c * M * q_t, o_h * q_h + o_m * q_t, m_r, D, BLOCK_D, UPCAST)
-    b_k = load_tile(k + i_b * k_b + i_g * k_g + i_n * k_n, o_s * k_s, m_s, D, BLOCK_D, UPCAST)
-    b_v = load_tile(v + i_b * v_b + i_g * v_g + i_n * v_n, o_s * v_s, m_s, D, BLOCK_D, UPCAST)
+    p_q = q.data + i_b * q.batch + i_g * GROUP * q.head + i_c * M * q.row
+    p_k = k.data + i_b * k.batch + i_g * k.head + i_n * k.chunk
+    p_v = v.data + i_b * v.batch + i_g * v.head + i_n * v.chunk
+    b_q = load_tile(p_q, o_h * q.head + o_m * widened(q.row, WIDE), m_r, D, BLOCK_D, UPCAST)
+    b_k = load_tile(p_k, o_s * widened(k.row, WIDE), m_s, D, BLOCK_D, UPCAST)
+    b_v = load_tile(p_v, o_s * widened(v.row, WIDE), m_s, D, BLOCK_D, UPCAST)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * qk_scale
     b_s = tl.where((o_s < S)[None, :], b_s, -float("inf"))
     b_max = tl.max(b_s, 1)
@@ -51,7 +55,7 @@ def _gca_part_kernel(
 
 @triton.jit
 def _gca_join_kernel(
-    indices, weights, part, part_lse, out, out_b, out_h, out_t, M, N, K, C,
+    indices, weights, part, part_lse, out, M, N, K, C,
     PARTS: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, OFF_BY_ONE: tl.constexpr,
 ):  # fmt: skip
@@ -83,8 +87,8 @@ def _gca_join_kernel(
             b_sum += tl.exp2(-b_max)
         b_p = b_p * (b_w / b_sum)[:, None]
         b_out += tl.sum(tl.sum(b_p[:, :, None] * b_o, 1), 0)
-    p_out = out + i_b * out_b + i_h * out_h + (i_c * M + i_m) * out_t
-    tl.store(p_out + o_d, b_out.to(out.dtype.element_ty), mask=o_d < D)
+    p_out = out.data + i_b * out.batch + i_h * out.head + (i_c * M + i_m) * out.row
+    tl.store(p_out + o_d, b_out.to(p_out.dtype.element_ty), mask=o_d < D)
 
 
 def launch_decode(q, k, v, indices, weights, off_by_one: bool, scale: float, parts: int):
@@ -98,14 +102,13 @@ def launch_decode(q, k, v, indices, weights, off_by_one: bool, scale: float, par
     part = common.empty(B * C, H, M, K, parts, D, like=q, dtype=torch.float32)
     part_lse = common.empty(B * C, H, M, K, parts, like=part)
     _gca_part_kernel[(K * parts, G, B * C)](
-        q, k, v, indices, weights, part, part_lse,
-        *q.stride()[:3], *k.stride()[:4], *v.stride()[:4],
-        scale * LOG2_E, M, N, K, C, parts,
-        BLOCK_M=block(rows), **{**constants(q, k), "BLOCK_S": block_s},
+        matrices(q), chunks(k), chunks(v), indices, weights, part, part_lse,
+        scale * LOG2_E.value, M, N, K, C, parts,
+        BLOCK_M=block(rows), **{**constants(q, k, v), "BLOCK_S": block_s},
         num_warps=4, num_stages=1,
     )  # fmt: skip
     _gca_join_kernel[(H * M, B * C)](
-        indices, weights, part, part_lse, out, *out.stride()[:3], M, N, K, C,
+        indices, weights, part, part_lse, matrices(out), M, N, K, C,
         PARTS=parts, S=S, D=D, BLOCK_SLOTS=BLOCK_SLOTS, BLOCK_S=block_s, BLOCK_D=block(D), OFF_BY_ONE=off_by_one,
         num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -12,11 +12,25 @@ import torch
 import triton
 import triton.language as tl
 
-from ..common import interpreting
+from ...common import interpreting
+from ...language import block, is_wide
 
 
-LOG2_E = 1.4426950408889634
 TAIL_ROWS = 16
+
+
+class Chunks(NamedTuple):
+    """Keys or values `[B, G, N, S, D]` for a kernel; strides count elements, that of the last dimension is 1."""
+
+    data: torch.Tensor
+    batch: int
+    head: int
+    chunk: int
+    row: int
+
+
+def chunks(x: torch.Tensor) -> Chunks:
+    return Chunks(x, *x.stride()[:4])
 
 
 class Tiles(NamedTuple):
@@ -63,13 +77,8 @@ def _default(kernel: str, rows: int, S: int, D: int, dtype: torch.dtype) -> tupl
     return min(64, needed), 8 if eight_warps else 4, 2 if wide else 3
 
 
-def block(size: int) -> int:
-    """Return the tile that holds `size`: a power of two, at least the 16 that a matmul takes."""
-    return max(16, triton.next_power_of_2(size))
-
-
-def constants(q: torch.Tensor, k: torch.Tensor) -> dict:
-    """Return the compile-time constants that all kernels take."""
+def constants(q: torch.Tensor, k: torch.Tensor, *others: torch.Tensor) -> dict:
+    """Return the compile-time constants that all kernels take; `others` are read or written by row as well."""
     S, D = k.shape[3:]
     # the interpreter computes bfloat16 wrongly, and says nothing
     upcast = interpreting() and q.dtype == torch.bfloat16
@@ -80,6 +89,7 @@ def constants(q: torch.Tensor, k: torch.Tensor) -> dict:
         "BLOCK_S": block(S),
         "BLOCK_D": block(D),
         "UPCAST": upcast,
+        "WIDE": is_wide(q, k, *others),
     }
 
 

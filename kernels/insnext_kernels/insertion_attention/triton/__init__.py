@@ -1,0 +1,1 @@
+"""Kernels of insertion attention and their launchers. Importing a module of these needs Triton."""

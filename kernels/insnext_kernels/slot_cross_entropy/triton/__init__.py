@@ -1,0 +1,1 @@
+"""Kernels of slot cross-entropy and their launchers. Importing a module of these needs Triton."""
