@@ -44,7 +44,7 @@ NO_EFFECT = [
     ({"ebr_ratio": 0.5, "ebr": False}, "ebr_ratio=0.5 has no effect without ebr=True"),
     ({"compile_config": CompileConfig()}, "compile_config=.* has no effect without cache_implementation"),
     ({"synced_gpus": True}, "synced_gpus needs left_to_right=True"),
-    ({"tokenizer": object()}, "tokenizer is read with stop_strings only"),
+    ({"tokenizer": "a name"}, "tokenizer is read with stop_strings only"),
 ]
 
 
