@@ -19,7 +19,7 @@ def nameless(name: str, architecture: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "peft_targets", "prompt_learning"])
+@pytest.mark.parametrize("name", ["checkpoint", "peft_targets", "prompt_learning", "rope"])
 def test_both_architectures_hold_the_same_file_but_for_their_names(name):
     assert nameless(name, "insnext") == nameless(name, "drt")
 

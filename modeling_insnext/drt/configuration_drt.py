@@ -9,6 +9,7 @@ from transformers.activations import ACT2FN
 
 from .grid import ChunkGrid
 from .peft_targets import register_adapter_targets
+from .rope import check_rope
 
 
 # of the code that stands beside a checkpoint: the version of the package
@@ -23,7 +24,6 @@ SELF_ATTENTIONS = ("window", "landmark")
 POSITION_ENCODINGS = ("alibi", "rope", "learned")
 NORMS = ("rmsnorm", "layernorm")
 # scalings whose frequencies do not depend on how much has been read: a cache keeps keys as they were turned
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 # smallest values of what must be an integer
 SIZES = {
@@ -268,11 +268,8 @@ class DrtConfig(PreTrainedConfig):
         if given is not None and kind != "rope":
             raise ValueError(f'rope_parameters need position_encoding="rope", got {kind!r}')
         if kind == "rope":
+            check_rope(given or {})
             rope_type = (given or {}).get("rope_type", "default")
-            if rope_type not in ROPE_TYPES:
-                raise ValueError(f"rope_type must be one of {ROPE_TYPES}, got {rope_type!r}")
-            if (given or {}).get("partial_rotary_factor", 1.0) != 1.0:
-                raise ValueError(f"whole heads are turned, got partial_rotary_factor={given['partial_rotary_factor']}")
             if longest is None and rope_type in ("llama3", "yarn"):
                 if "original_max_position_embeddings" not in given:
                     raise ValueError(f"rope_type={rope_type!r} needs original_max_position_embeddings, got {given}")

@@ -17,8 +17,9 @@ from .cache import ChunkMemoryCache
 from .configuration_drt import DrtConfig
 from .landmark_attention import LANDMARK_BACKEND
 from .layout import Layout, first_slots, shift_rows
-from .positions import rotate, turn
+from .positions import rotate
 from .retrieval import FUSED, Served
+from .rope import turn
 
 
 class Pass(NamedTuple):

@@ -37,8 +37,9 @@ from .layers import DrtChunkEncoder, DrtLayer, Pass, decoder_norm, window_backen
 from .layout import Layout, build_layout, put_in, shift_rows, take_out
 from .memory import ParallelMemory
 from .packing import BOUNDARIES, check_one_text
-from .positions import rope_frequencies, rotary_table, slot_positions
+from .positions import slot_positions
 from .retriever import RETRIEVERS
+from .rope import rope_of
 
 
 AUTO_MAP = {
@@ -104,7 +105,7 @@ class DrtModel(DrtPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, D)
         if config.position_encoding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, D)
-        self.rope = rope_frequencies(config) if config.position_encoding == "rope" else None
+        self.rope = rope_of(config) if config.position_encoding == "rope" else None
         if config.has_landmark_tokens:
             self.landmark = nn.Parameter(torch.zeros(D))
         lower, upper = config.num_lower_layers, sum(config.retrieval_groups)
@@ -266,7 +267,7 @@ class DrtModel(DrtPreTrainedModel):
 
     def _carry(self, layout: Layout, past: ChunkMemoryCache | None, hidden: torch.Tensor) -> Pass:
         """Return what all layers share that remember as much as the first one."""
-        rotary = self.rope and rotary_table(slot_positions(layout, hidden.device), *self.rope, hidden.dtype)
+        rotary = self.rope and self.rope.turns(slot_positions(layout, hidden.device)[:, None], hidden.dtype)
         config, alibi = self.config, self.config.position_encoding == "alibi"
         window = Window(
             config.sliding_window,

@@ -8,19 +8,13 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .peft_targets import register_adapter_targets
+from .rope import check_rope
 
 
 # of the code that stands beside a checkpoint: the version of the package
 CODE_VERSION = "0.1.0"
 
 POSITION_ENCODINGS = ("alibi", "sinusoidal", "rotary")
-# the numbers that each needs
-ROPE_TYPES = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "yarn": ("factor",),
-}
 NORMS = ("rmsnorm", "deepnorm", "layernorm", "post_layernorm")
 POST_NORMS = ("deepnorm", "post_layernorm")
 SLOT_NORMS = ("rmsnorm", "rmsclip")
@@ -183,16 +177,7 @@ class InsNextConfig(PreTrainedConfig):
             raise ValueError(f'rope_parameters need position_encoding="rotary", got {kind!r}')
         if kind != "rotary":
             return
-        given = given or {}
-        rope_type = given.get("rope_type", "default")
-        if rope_type not in ROPE_TYPES:
-            raise ValueError(f"rope_type must be one of {tuple(ROPE_TYPES)}, got {rope_type!r}")
-        for name in (*ROPE_TYPES[rope_type], *(name for name in given if name == "rope_theta")):
-            value = given.get(name)
-            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise ValueError(f"rope_type={rope_type!r} needs a positive {name} in rope_parameters, got {value!r}")
-        if given.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(f"whole heads are turned, got partial_rotary_factor={given['partial_rotary_factor']}")
+        check_rope(given or {})
         if self.head_dim % 2:
             raise ValueError(f'position_encoding="rotary" needs an even head_dim, got {self.head_dim}')
 

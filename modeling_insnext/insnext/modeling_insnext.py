@@ -40,7 +40,8 @@ from .generation_configuration import InsertionGenerationConfig
 from .generation_insnext import InsertionGenerationMixin
 from .layers import InsNextAttention, InsNextBlock, block_norm
 from .packing import BOUNDARIES, LONGEST, packed_starts, with_packed_texts
-from .rotary import ROTARY_BACKENDS, rope_of
+from .rope import rope_of
+from .rotary import ROTARY_BACKENDS
 from .scoring import InsertionScoringMixin
 from .slot_losses import divisor, insertion_losses, mean_losses
 from .slots import InsNextSlotHead

@@ -18,46 +18,10 @@ from typing import NamedTuple
 
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import Interval, insertion_offsets, visible_keys
-
-
-class Rope(NamedTuple):
-    """Angles a position, D / 2 of them, and the factor on cosines and sines.
-
-    Numbers, no tensor: weights are moved, cast and first built on `meta`, and none of it may touch them.
-    """
-
-    frequencies: list[float]
-    factor: float
-
-    def turns(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines of positions `[...]`, `[..., D]` each, halves repeated.
-
-        Angles are float64 whatever the dtype: at a position of ten million, float32 would be wrong by half a radian.
-        """
-        wide = torch.float32 if positions.device.type == "mps" else torch.float64
-        rate_D = torch.tensor(self.frequencies, device=positions.device, dtype=wide).repeat(2)
-        angle = positions[..., None] * rate_D
-        return (angle.cos() * self.factor).to(dtype), (angle.sin() * self.factor).to(dtype)
-
-
-def rope_of(config) -> Rope:
-    """Return what `config.rope_parameters` demand."""
-    with torch.device("cpu"):
-        if config.rope_parameters["rope_type"] == "default":
-            exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float) / config.head_dim
-            return Rope((1.0 / config.rope_parameters["rope_theta"] ** exponent).tolist(), 1.0)
-        frequencies, factor = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]](config, torch.device("cpu"))
-        return Rope(frequencies.tolist(), float(factor))
-
-
-def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return x `[..., D]` turned, halves as pairs (the layout of Llama)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], -1) * sin
+from .rope import Rope, turn
 
 
 class RotaryPairs(NamedTuple):
@@ -193,4 +157,4 @@ def _mask(interval: Interval, dtype: torch.dtype) -> torch.Tensor:
 
 ROTARY_BACKENDS = {"eager": rotary_pairs, "sdpa": rotary_segments}
 
-__all__ = ["ROTARY_BACKENDS", "Rope", "RotaryPairs", "RotarySegments", "rope_of", "rotary_pairs", "rotary_segments"]
+__all__ = ["ROTARY_BACKENDS", "RotaryPairs", "RotarySegments", "rotary_pairs", "rotary_segments"]

@@ -213,5 +213,8 @@ def test_a_stretched_rotation_says_how_far(rope_type):
     given = {"rope_type": rope_type, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     known = {**given, "original_max_position_embeddings": 16}
     assert tiny_config(position_encoding="rope", rope_parameters=known).max_position_embeddings == 64
-    with pytest.raises(ValueError, match="needs original_max_position_embeddings"):
+    with pytest.raises(ValueError, match="needs .*original_max_position_embeddings"):
         tiny_config(position_encoding="rope", rope_parameters=given)
+    for name, value in (("factor", None), ("rope_theta", -1.0)):
+        with pytest.raises(ValueError, match=f"needs a positive {name} in rope_parameters, got {value}"):
+            tiny_config(position_encoding="rope", rope_parameters={**known, name: value})

@@ -7,7 +7,7 @@ import torch
 
 from modeling_insnext import ChunkMemoryCache, DrtConfig, DrtForCausalLM
 from modeling_insnext.drt import modeling_drt, positions
-from modeling_insnext.drt.positions import rope_frequencies, rotary_table
+from modeling_insnext.drt.rope import Rope, rope_of
 from tests.support.drt import FORMS, GPT2, ROPE, random_ids, read, tiny_config, tiny_model, whole
 from tests.support.equality import same_bits, within_rounding
 
@@ -17,12 +17,12 @@ LONG = 10_000_000
 
 def turned_back(position: int, config, wide: bool) -> torch.Tensor:
     """Return cosines of the turns between `position` and the one before, which no position may change."""
-    frequencies = rope_frequencies(config)[0]
-    places = torch.tensor([[position - 1, position]])
+    frequencies = rope_of(config).frequencies
+    places = torch.tensor([position - 1, position])
     if wide:
-        cos, sin = (x[0, 0] for x in rotary_table(places, frequencies, 1.0, torch.float64))
+        cos, sin = Rope(frequencies, 1.0).turns(places, torch.float64)
     else:
-        angle = (places[0, :, None].float() * torch.tensor(frequencies).repeat(2)).double()
+        angle = (places[:, None].float() * torch.tensor(frequencies).repeat(2)).double()
         cos, sin = angle.cos(), angle.sin()
     return cos[0] * cos[1] + sin[0] * sin[1]
 
