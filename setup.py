@@ -44,6 +44,6 @@ setup(
         "gguf": GGUF,
         "triton": TRITON,
         "test": [*TRAIN, *TRITON, *GGUF, "faiss-cpu", "hypothesis", "pytest>=9", "pytest-xdist", "ruff", "vulture"],
-        "outside": ["bitsandbytes", "lm-eval", "sentence-transformers", "torchao", "trl"],
+        "outside": ["bitsandbytes", "lm-eval", "parameterized", "sentence-transformers", "torchao", "trl"],
     },
 )
