@@ -191,15 +191,17 @@ class DrtEncoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(D, eps=config.encoder_rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(D, eps=config.encoder_rms_norm_eps)
 
-    def forward(self, hidden_NPD):
-        normed = self.input_layernorm(hidden_NPD)
-        heads = (*normed.shape[:-1], -1, self.head_dim)
+    def forward(self, hidden_BCPD):
+        # the linear maps see one entry a row, for which adapters may differ; attention sees one a chunk
+        normed = self.input_layernorm(hidden_BCPD)
         query, key, value = (
-            proj(normed).view(heads).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            proj(normed).flatten(0, 1).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = nn.functional.scaled_dot_product_attention(rotate(query, self.theta), rotate(key, self.theta), value)
-        hidden_NPD = hidden_NPD + self.o_proj(out.transpose(1, 2).flatten(2))
-        return hidden_NPD + self.mlp(self.post_attention_layernorm(hidden_NPD))
+        out = out.transpose(1, 2).flatten(2).unflatten(0, hidden_BCPD.shape[:2])
+        hidden_BCPD = hidden_BCPD + self.o_proj(out)
+        return hidden_BCPD + self.mlp(self.post_attention_layernorm(hidden_BCPD))
 
 
 class DrtChunkEncoder(nn.Module):
@@ -219,19 +221,18 @@ class DrtChunkEncoder(nn.Module):
 
     def forward(self, states_BCPD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return landmarks `[B, C, D]` and keys and values `[B, C, 2, G, S, d]` of chunks of lower states."""
-        hidden = self.input_norm(states_BCPD.flatten(0, 1))
+        hidden = self.input_norm(states_BCPD)
         if self.config.landmark_source == "cls":
-            hidden = torch.cat([hidden, self.cls.to(hidden.dtype).expand(hidden.shape[0], 1, -1)], dim=1)
+            cls = self.cls.to(hidden.dtype).expand(*hidden.shape[:2], 1, -1)
+            hidden = torch.cat([hidden, cls], dim=2)
         for layer in self.layers:
             hidden = layer(hidden)
         hidden = self.norm(hidden)
         S, source = self.config.chunk_size, self.config.landmark_source
-        landmarks = hidden[:, :S].mean(1) if source == "mean" else hidden[:, S]
-        tokens = hidden[:, :S]
-        keys_values = torch.stack([self.k_proj(tokens), self.v_proj(tokens)], dim=1)
-        keys_values = keys_values.unflatten(-1, (-1, self.config.head_dim)).transpose(2, 3)
-        shape = states_BCPD.shape[:2]
-        return landmarks.unflatten(0, shape), keys_values.unflatten(0, shape)
+        tokens = hidden[:, :, :S]
+        landmarks = tokens.mean(2) if source == "mean" else hidden[:, :, S]
+        keys_values = torch.stack([self.k_proj(tokens), self.v_proj(tokens)], dim=2)
+        return landmarks, keys_values.unflatten(-1, (-1, self.config.head_dim)).transpose(3, 4)
 
 
 __all__ = ["DrtChunkEncoder", "DrtLayer", "Pass", "decoder_norm", "window_backend"]

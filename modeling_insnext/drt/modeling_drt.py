@@ -72,6 +72,10 @@ class DrtPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
         self.config.code_version = CODE_VERSION
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def get_encoder(self, modality: str | None = None):
+        """Return the model itself, as decoders do: the encoder of chunks reads no text."""
+        return self
+
     def _supports_default_dynamic_cache(self):
         return False
 

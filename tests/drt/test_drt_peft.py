@@ -99,3 +99,24 @@ def test_prefix_tuning_is_refused_and_prompt_tuning_is_read_like_text(rows):
         logits[:, 2] = -torch.inf
         assert out[:, step].tolist() == logits.argmax(1).tolist()
         text = torch.cat([text, out[:, step, None]], 1)
+
+
+@pytest.mark.parametrize("landmark_source", ["token", "mean", "cls"])
+def test_a_row_of_several_chunks_takes_its_own_adapter_and_so_do_its_beams(landmark_source):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(tiny_model(landmark_source=landmark_source), config).double()
+    model.add_adapter("second", config)
+    model = model.double().eval()
+    beams = {**GREEDY, "num_beams": 3, "pad_token_id": 0}
+    names = ["second", "default"]
+    with torch.no_grad():
+        mixed = model(IDS, adapter_names=names).logits
+        written = model.generate(input_ids=IDS, adapter_names=names, **beams)
+        for row, name in enumerate(names):
+            model.set_adapter(name)
+            alone = model(IDS[row : row + 1]).logits[0]
+            assert (mixed[row] - alone).abs().max() < 1e-9
+            # the other row had another adapter
+            assert (model(IDS[1 - row : 2 - row]).logits[0] - mixed[1 - row]).abs().max() > 0.1
+            assert same_bits(model.generate(input_ids=IDS[row : row + 1], **beams)[0], written[row])

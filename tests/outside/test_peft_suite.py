@@ -142,11 +142,4 @@ class TestDrtForCausalLM(Suite):
     transformers_class = DrtForCausalLM
     make_model = staticmethod(make_drt)
     rows = [[5, 6, 7, 8, 9], [0, 0, 4, 7, 12]]
-    EXCLUDED = {
-        **UPSTREAM,
-        **cells(
-            "generate_with_mixed_adapter_batches_and_beam_search",
-            "lora",
-            "PEFT takes the encoder of chunks for one that reads a prompt before its beams are made",
-        ),
-    }
+    EXCLUDED = UPSTREAM
