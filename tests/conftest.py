@@ -5,8 +5,16 @@ A test that needs the real compiler starts a process of its own (`tests/support/
 
 import os
 
+import pytest
 import torch
 
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_is_left():
+    """Dynamo counts how often it compiled a function for all models of a process, and after a few gives it up."""
+    yield
+    torch._dynamo.reset()
