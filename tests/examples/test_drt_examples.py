@@ -47,6 +47,7 @@ def losses(output_dir: Path) -> list[float]:
     return [row["loss"] for row in state["log_history"] if "loss" in row]
 
 
+@pytest.mark.slow
 def test_training_goes_on_where_it_was_stopped_and_needles_are_asked_for(corpus, tmp_path):
     assert np.load(corpus / "train.npy").dtype == np.uint16
     train = ("checkpoints/train_drt.py", "--corpus", str(corpus), *SIZES)

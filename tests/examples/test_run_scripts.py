@@ -278,6 +278,7 @@ def test_an_answer_in_a_blank_is_scored_by_orders_with_both_sides_given(home, tm
         run("run_scoring", [*given, "--seed", "1", "--output_dir", str(tmp_path / "one")], tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_the_classification_table_is_made_of_runs_that_are_not_run_again(home, tmp_path):
     (tmp_path / "nlu").mkdir()
     rows = "".join(
