@@ -9,13 +9,12 @@ of its paired bootstrap. The adapter is trained by `run_finetuning.py` on Common
 pre-trained model has seen in its mixture. A training that ended is not run again: interrupted, the command goes on.
 """
 
-import json
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
 import torch
-from evaluate_insnext import WRITING, judge_texts, write_texts
+from evaluate_insnext import WRITING, concept_sets, judge_texts, write_texts
 from peft import PeftModel
 from report import RESULTS, command, environment, run_script, write_report
 from sacrebleu.metrics import BLEU
@@ -112,8 +111,7 @@ def table(results: list[dict]) -> str:
 def main(args: list[str] | None = None) -> dict:
     """Train what has not been trained, write, and write the table; returns the report."""
     (table_args,) = HfArgumentParser(CommonGenArguments).parse_args_into_dataclasses(args)
-    lines = (Path(table_args.data_dir) / "commongen" / "dev.jsonl").read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line][: table_args.concept_sets]
+    rows = concept_sets(table_args.data_dir, table_args.concept_sets)
     report = {
         "command": command(__file__, args, table_args.data_dir),
         "results": measure(table_args, rows),

@@ -7,14 +7,12 @@ stands in it twice, without case. BLEU is sacrebleu's, all references, without c
 bootstrap over texts; p is of its paired bootstrap against plain greedy.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from commongen_table import p_value
-from evaluate_insnext import judge_texts, write_texts
+from evaluate_insnext import concept_sets, judge_texts, write_texts
 from report import RESULTS, command, environment, write_report
 from transformers import AutoTokenizer, HfArgumentParser
 
@@ -88,8 +86,7 @@ def main(args: list[str] | None = None) -> dict:
     """Write with every setting, and the table; returns the report."""
     (options,) = HfArgumentParser(DecodingArguments).parse_args_into_dataclasses(args)
     torch.set_num_threads(options.threads)
-    lines = (Path(options.data_dir) / "commongen" / "dev.jsonl").read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line][: options.concept_sets]
+    rows = concept_sets(options.data_dir, options.concept_sets)
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     model = InsNextForInsertionLM.from_pretrained(options.checkpoint, dtype=torch.float32).eval()
     report = {

@@ -93,6 +93,12 @@ def summary(losses: np.ndarray) -> dict:
     }
 
 
+def concept_sets(data_dir: str, count: int) -> list[dict]:
+    """Return the first `count` rows of CommonGen dev."""
+    lines = (Path(data_dir) / "commongen" / "dev.jsonl").read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines if line][:count]
+
+
 def write_texts(
     model, tokenizer, rows: list[dict], batch_size: int, ordered: bool = True, **options
 ) -> tuple[list[str], float]:
@@ -166,11 +172,10 @@ def main():
             texts = [text for text in heldout if text["source"] == source][: args.texts]
             losses = next_insertion_losses(model, collator, texts, args.batch_size)
             results["next_insertion"][source] = summary(losses)
-    rows = [json.loads(line) for line in open(f"{args.data_dir}/commongen/dev.jsonl", encoding="utf-8")]
+    rows = concept_sets(args.data_dir, args.concept_sets)
     for mode, options in WRITING.items():
-        concepts = rows[: args.concept_sets]
-        texts, cost = write_texts(model, tokenizer, concepts, args.batch_size, **options)
-        results["writing"][mode] = {**judge_texts(texts, concepts), "encoded_per_written": cost}
+        texts, cost = write_texts(model, tokenizer, rows, args.batch_size, **options)
+        results["writing"][mode] = {**judge_texts(texts, rows), "encoded_per_written": cost}
     results["environment"] = environment(threads=args.threads)
     write_report(args.output, results, markdown(results))
 

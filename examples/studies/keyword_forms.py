@@ -7,14 +7,12 @@ the text as whole words, in the given form or in any. BLEU is sacrebleu's, all r
 interval of a bootstrap over texts; p is of its paired bootstrap against the given forms in the same order.
 """
 
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import evaluate
 import torch
 from commongen_table import p_value
-from evaluate_insnext import METRICS, judge_texts, write_texts
+from evaluate_insnext import METRICS, concept_sets, judge_texts, write_texts
 from report import RESULTS, command, environment, write_report
 from transformers import AutoTokenizer, HfArgumentParser
 
@@ -71,8 +69,7 @@ def main(args: list[str] | None = None) -> dict:
     """Write in every way, and the table; returns the report."""
     (options,) = HfArgumentParser(FormsArguments).parse_args_into_dataclasses(args)
     torch.set_num_threads(options.threads)
-    lines = (Path(options.data_dir) / "commongen" / "dev.jsonl").read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line][: options.concept_sets]
+    rows = concept_sets(options.data_dir, options.concept_sets)
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     model = InsNextForInsertionLM.from_pretrained(options.checkpoint, dtype=torch.float32).eval()
     report = {
