@@ -109,7 +109,12 @@ def fields(config, target: str) -> dict:
     if target == "insnext":
         # an insertion model has one STOP, and any of several ends of text names it
         eos = eos[0] if isinstance(eos, list) else eos
-        reads = {"position_encoding": "rotary", "rope_parameters": rope, "slot_norm": "rmsclip"}
+        reads = {
+            "position_encoding": "rotary",
+            "rope_parameters": rope,
+            "slot_norm": "rmsclip",
+            "block_attention": "causal",
+        }
         return {**common, **reads, "eos_token_id": eos, "num_hidden_layers": config.num_hidden_layers}
     window = reach(config)
     return {

@@ -45,6 +45,8 @@ class Interval(NamedTuple):
         entries_BQ: Which key each query is.
         ranked: Whether offset(i, j) = positions_j - positions_i for every key that a query sees, as where positions
             are ranks in the text and each query sees all of it that is there.
+        causal_blocks: Whether tokens that are encoded together see only what stands left of them among each other.
+            The last one, whose hidden state is the state, sees all of them.
     """
 
     positions_BK: torch.Tensor
@@ -52,6 +54,7 @@ class Interval(NamedTuple):
     horizon_BQ: torch.Tensor
     entries_BQ: torch.Tensor
     ranked: bool = False
+    causal_blocks: bool = False
 
 
 class FlexInterval(NamedTuple):
@@ -74,9 +77,23 @@ def alibi_slopes(num_heads: int, ratio: float, device=None) -> torch.Tensor:
 
 
 def visible_keys(interval: Interval) -> torch.Tensor:
-    """Return the boolean `[B, Q, K]` table of start_i <= j <= horizon_i."""
+    """Return the boolean `[B, Q, K]` table of start_i <= j <= horizon_i, in causal blocks without what is right."""
     key_K = torch.arange(interval.positions_BK.shape[1], device=interval.positions_BK.device)
-    return (key_K >= interval.start_BQ[..., None]) & (key_K <= interval.horizon_BQ[..., None])
+    visible_BQK = (key_K >= interval.start_BQ[..., None]) & (key_K <= interval.horizon_BQ[..., None])
+    return visible_BQK & ~right_in_block(interval) if interval.causal_blocks else visible_BQK
+
+
+def right_in_block(interval: Interval) -> torch.Tensor:
+    """Return the boolean `[B, Q, K]` table of keys that are encoded together with a query and stand right of it.
+
+    A block's last entry has none.
+    """
+    positions_BK, entries_BQ, horizon_BQ = interval.positions_BK, interval.entries_BQ, interval.horizon_BQ
+    right_BQK = positions_BK[:, None] > positions_BK.gather(1, entries_BQ)[..., None]
+    # what is in the cache is in no block of the queries
+    block_BK = torch.full_like(positions_BK, -1).scatter(1, entries_BQ, horizon_BQ)
+    together_BQK = block_BK[:, None] == horizon_BQ[..., None]
+    return right_BQK & together_BQK & (entries_BQ < horizon_BQ)[..., None]
 
 
 def insertion_offsets(interval: Interval) -> torch.Tensor:
@@ -109,9 +126,11 @@ def dense_bias(interval: Interval, slopes_2H: torch.Tensor, dtype: torch.dtype) 
 def flex_interval(interval: Interval, slopes_2H: torch.Tensor, dtype: torch.dtype) -> FlexInterval:
     """Return what `flex_attention` reads: offsets, shared by all heads, slopes and a block mask."""
     start_BQ, horizon_BQ = interval.start_BQ, interval.horizon_BQ
+    hidden_BQK = right_in_block(interval) if interval.causal_blocks else None
 
     def sees(b, h, q, k):
-        return (k >= start_BQ[b, q]) & (k <= horizon_BQ[b, q])
+        inside = (k >= start_BQ[b, q]) & (k <= horizon_BQ[b, q])
+        return inside if hidden_BQK is None else inside & ~hidden_BQK[b, q, k]
 
     B, Q = start_BQ.shape
     block_mask = create_block_mask(sees, B, None, Q, interval.positions_BK.shape[1], device=start_BQ.device)
@@ -348,7 +367,7 @@ def check_contiguous(attention_mask_BT: torch.Tensor, may_rest: bool = False) ->
 
 def check_interval(interval: Interval) -> None:
     """Raise a `ValueError` if intervals make no text: a horizon below its query, a start above it, tied positions."""
-    positions_BK, start_BQ, horizon_BQ, entries_BQ, _ = interval
+    positions_BK, start_BQ, horizon_BQ, entries_BQ, *_ = interval
     for name, bad_BQ, values in (
         ("horizon must not lie below the query", horizon_BQ < entries_BQ, horizon_BQ),
         ("start must not lie above the query", start_BQ > entries_BQ, start_BQ),

@@ -45,9 +45,13 @@ def prepare_triton(interval, slopes_2H: torch.Tensor, dtype: torch.dtype) -> Tri
             f'attn_implementation="{NAME}" needs the package insnext_kernels, which is not installed; use eager, sdpa '
             "or flex_attention"
         )
+    if interval.causal_blocks:
+        raise ValueError(
+            f'block_attention="causal" is not for attn_implementation="{NAME}"; use eager, sdpa or flex_attention'
+        )
     if dtype not in DTYPES:
         raise ValueError(f'attn_implementation="{NAME}" needs float32, float16 or bfloat16, got {dtype}')
-    positions_BK, start_BQ, horizon_BQ, entries_BQ, _ = interval
+    positions_BK, start_BQ, horizon_BQ, entries_BQ, *_ = interval
     left_H, right_H = slopes_2H.float()
     table = offset_table(positions_BK, horizon_BQ, start_BQ, entries_BQ=entries_BQ, impl="triton")
     return TritonInterval((positions_BK, horizon_BQ, left_H, right_H, start_BQ), entries_BQ, table)

@@ -18,6 +18,7 @@ POSITION_ENCODINGS = ("alibi", "sinusoidal", "rotary")
 NORMS = ("rmsnorm", "deepnorm", "layernorm", "post_layernorm")
 POST_NORMS = ("deepnorm", "post_layernorm")
 SLOT_NORMS = ("rmsnorm", "rmsclip")
+BLOCK_ATTENTIONS = ("bidirectional", "causal")
 POOLINGS = ("mean", "last")
 
 PRESETS = {
@@ -53,6 +54,9 @@ class InsNextConfig(PreTrainedConfig):
             left to right it is that of Llama); all but ALiBi with `eager` and `sdpa` attention only.
         rope_parameters: For `"rotary"`, as in Transformers: `{"rope_type": "default", "rope_theta": 10000.0}`, or
             another type of `ROPE_TYPES` with what it needs.
+        block_attention: What tokens that are encoded together (a given text, or one that is re-encoded) see of one
+            another: `"bidirectional"`, everything, or `"causal"`, what stands left of them in the text, and the last
+            one everything. So a text that is given is read as the causal model reads it that a model was made of.
         alibi_slope_ratio: Factor on even heads' left and odd heads' right slope. 1 is the symmetric form, which cannot
             tell left from right.
         norm: `"rmsnorm"` or `"layernorm"` (pre-norm), `"deepnorm"` (post-norm with DeepNorm's scales,
@@ -93,6 +97,7 @@ class InsNextConfig(PreTrainedConfig):
     max_position_embeddings: int = 4096
     position_encoding: str = "alibi"
     rope_parameters: dict | None = None
+    block_attention: str = "bidirectional"
     alibi_slope_ratio: float = 4.0
     norm: str = "rmsnorm"
     norm_bias: bool = True
@@ -153,6 +158,7 @@ class InsNextConfig(PreTrainedConfig):
             )
         for name, choices in (
             ("position_encoding", POSITION_ENCODINGS),
+            ("block_attention", BLOCK_ATTENTIONS),
             ("norm", NORMS),
             ("slot_norm", SLOT_NORMS),
             ("classifier_pooling", POOLINGS),

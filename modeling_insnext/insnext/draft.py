@@ -57,6 +57,7 @@ class Draft:
     def __init__(self, model, canvas, budget, parallel: int = 1, static: bool = False, encoder=None):
         self.model, self.head, self.budget = model, model.slot_head, budget
         self.encoder = model.model if encoder is None else encoder
+        self.causal_blocks = model.config.block_attention == "causal"
         device = canvas.input_ids.device
         R, T = canvas.input_ids.shape
         self.lengths = canvas.lengths
@@ -230,7 +231,9 @@ class Draft:
         positions = self.ranks[rows][:, : cache.key_length(Q)]
         if positions.shape[1] < cache.key_length(Q):
             positions = torch.nn.functional.pad(positions, (0, cache.key_length(Q) - positions.shape[1]))
-        interval = Interval(positions, start, horizon, entries, ranked=True)
+        # behind a cache the tokens of a causal block are missing left of some keys that are there
+        ranked = Q == 1 or not self.causal_blocks or not bool((first > 0).any())
+        interval = Interval(positions, start, horizon, entries, ranked)
         hidden = self.encoder(
             input_ids=ids, past_key_values=cache, interval=interval, advance_cache=False
         ).last_hidden_state

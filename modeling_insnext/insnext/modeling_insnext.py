@@ -242,6 +242,7 @@ class InsNextModel(InsNextPreTrainedModel):
 
     def _prepare(self, interval: Interval, hidden_states: torch.Tensor):
         name, encoding = self.config._attn_implementation, self.config.position_encoding
+        interval = interval._replace(causal_blocks=self.config.block_attention == "causal")
         if encoding != "alibi" and name not in ("eager", "sdpa"):
             raise ValueError(f'position_encoding="{encoding}" needs attn_implementation eager or sdpa, got {name!r}')
         if encoding == "sinusoidal":

@@ -139,7 +139,7 @@ def text_ranks(interval: Interval) -> torch.Tensor:
 
     Behind a cache a row holds one text, and keys that nobody sees come last.
     """
-    positions_BK, start_BQ, horizon_BQ, _, _ = interval
+    positions_BK, start_BQ, horizon_BQ, *_ = interval
     text_BK = start_BQ
     if start_BQ.shape != positions_BK.shape:
         key_K = torch.arange(positions_BK.shape[1], device=positions_BK.device)

@@ -163,7 +163,7 @@ def insertion_losses(
         ValueError: If `target_kinds` come without `unit_starts`, or the label of a written token is structure or
             another token.
     """
-    positions_BN, start_BN, horizon_BN, _, _ = interval
+    positions_BN, start_BN, horizon_BN, *_ = interval
     if supervision.target_kinds is not None and supervision.unit_starts is None:
         raise ValueError("target_kinds need unit_starts, got None")
     table = slot_table(positions_BN, start_BN, horizon_BN)
@@ -179,7 +179,7 @@ def insertion_losses(
 
 def _state_targets(written_BN, table: SlotTable, interval: Interval, supervision: Supervision) -> StateTargets:
     """Say for every state what the supervision says of the entry it decides about, the next one."""
-    positions_BN, start_BN, _, entries_BN, _ = interval
+    positions_BN, start_BN, _, entries_BN, *_ = interval
     _, stop_targets, kinds_BN, unit_starts, _ = supervision
     ends_BN = _text_ends(start_BN)
     # padding sees itself only, just as a text of one token would
