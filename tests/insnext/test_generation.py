@@ -98,7 +98,14 @@ def test_scores_of_the_cache_are_those_of_one_whole_forward_at_every_step(ebr, p
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "change", [dict(position_encoding="sinusoidal"), dict(norm="deepnorm"), dict(num_key_value_heads=2)]
+    "change",
+    [
+        dict(position_encoding="sinusoidal"),
+        dict(norm="deepnorm"),
+        dict(num_key_value_heads=2),
+        dict(block_attention="causal"),
+        dict(block_attention="causal", position_encoding="rotary"),
+    ],
 )
 def test_scores_of_the_cache_are_exact_in_every_kind_of_model(change):
     model = writing_model(**change, attn_implementation="eager")
@@ -106,9 +113,10 @@ def test_scores_of_the_cache_are_exact_in_every_kind_of_model(change):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("ebr", ["off", "ratio_1"])
-def test_scores_of_the_cache_are_those_of_a_transformer_written_by_hand(ebr):
-    assert largest_error(ebr, 2, kind=HandTwin) < 1e-10
+@pytest.mark.parametrize("model", [MODEL, writing_model(block_attention="causal")], ids=["bidirectional", "causal"])
+@pytest.mark.parametrize("ebr", ["off", "ratio_1", "window"])
+def test_scores_of_the_cache_are_those_of_a_transformer_written_by_hand(ebr, model):
+    assert largest_error(ebr, 2, model=model, kind=HandTwin) < 1e-10
 
 
 @torch.no_grad()

@@ -128,10 +128,7 @@ class HandTwin(TextTwin):
         heads, width = config.num_attention_heads, config.head_dim
         if first == 0:
             self.pairs, self.final = [[] for _ in encoder.layers], []
-        place = {entry: rank for rank, entry in enumerate(self.text)}
-        offsets = torch.tensor(
-            [[place[j] - place[i] for j in range(len(self.ids))] for i in range(first, len(self.ids))]
-        )
+        offsets = torch.tensor([self._offsets(i, first) for i in range(first, len(self.ids))])
         left, right = alibi_slopes(heads, config.alibi_slope_ratio)[..., None, None]
         bias = torch.where(offsets < 0, left * offsets, -right * offsets)
         hidden = encoder.embed_tokens(torch.tensor(self.ids[first:]))
@@ -146,6 +143,14 @@ class HandTwin(TextTwin):
             hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
         del self.final[first:]
         self.final += encoder.norm(hidden)
+
+    def _offsets(self, i, first):
+        """Return how far each entry stands from entry `i` among those that it sees, infinity where it does not."""
+        causal = self.model.config.block_attention == "causal" and i < len(self.ids) - 1
+        left = self.text[: self.text.index(i) + 1]
+        seen = [j for j in self.text if j < first or j in left] if causal else self.text
+        here = seen.index(i)
+        return [float(seen.index(j) - here) if j in seen else math.inf for j in range(len(self.ids))]
 
     def hidden(self):
         return torch.stack(self.final)
