@@ -22,7 +22,8 @@ Files hold one text a row in `--text_column`; a line of a .txt file is a text. W
                                left over at the end of a thousand texts is dropped
 
 A model that `conversion.from_llama --to insnext` made is its source from left to right. --adapter adapts it: the slot
-head, of which the source knows nothing, is trained whole, at --head_learning_rate, and saved with the adapter.
+head is trained whole and saved with the adapter; what chooses slots, of which the source knows nothing, at
+--head_learning_rate, what says their tokens at the rate of the adapter.
 --left_to_right_share says how many texts are plainly left to right, at the beginning and at the end, and
 --alignment_weight keeps the hidden states of such texts beside the source's. `loss.png` shows the losses by step.
 
@@ -54,6 +55,8 @@ from modeling_insnext.trainers import TokenMeanTrainer
 
 
 STAGES = ("sentences", "documents")
+# of the slot head; what says the token in a slot begins as the source has it
+CHOOSES_SLOTS = ("query_proj", "key_proj", "stop_key", "edge")
 CONTEXTS = {"words": 0.25, "keywords": 0.35, "spans": 0.15, "prefix": 0.1, "reencode": 0.6, "windowed": 0.1}
 
 
@@ -65,7 +68,7 @@ class PretrainingArguments:
     stage: str | None = field(default=None, metadata={"help": "InsNeXt: sentences or documents."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens a row."})
     head_learning_rate: float | None = field(
-        default=None, metadata={"help": "InsNeXt: of the slot head, in the place of --learning_rate."}
+        default=None, metadata={"help": "InsNeXt: of what chooses slots, in the place of --learning_rate."}
     )
     alignment_weight: float | None = field(
         default=None, metadata={"help": "InsNeXt under an adapter: of the distance to the states of the source."}
@@ -159,7 +162,7 @@ def make_trainer(args: PretrainingArguments, insertion: InsertionArguments, mode
         insertion_collator(insertion, tokenizer, texts, CONTEXTS, training, pack_to=row_length(args, model.config))
         for texts in rows.values()
     ]
-    rates = {} if args.head_learning_rate is None else {"slot_head": args.head_learning_rate}
+    rates = {} if args.head_learning_rate is None else dict.fromkeys(CHOOSES_SLOTS, args.head_learning_rate)
     options = {"args": training, "processing_class": tokenizer, "learning_rates": rates}
     options |= scheduled(insertion, rows, training)
     options |= {"data_collator": collators[0], "eval_data_collator": collators[-1]}

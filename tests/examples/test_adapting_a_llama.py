@@ -7,6 +7,7 @@ import peft
 import pytest
 import run_pretraining
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conversion.convert import convert_folder
@@ -82,3 +83,13 @@ def test_the_weight_of_the_distance_keeps_the_states_nearer(home, tmp_path):
         history = adapt(home, tmp_path / weight, *options)
         last[weight] = sum([entry["alignment_loss"] for entry in history if "alignment_loss" in entry][-5:])
     assert last["50"] < last["0"] / 2
+
+
+def test_what_chooses_slots_has_a_rate_of_its_own(home, tmp_path):
+    adapt(home, tmp_path / "run", "--learning_rate", "1e-9", "--max_steps", "3")
+    head = InsNextForInsertionLM.from_pretrained(home / "converted").slot_head.state_dict()
+    adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    after = {name.split("slot_head.")[1]: weight for name, weight in adapter.items() if "slot_head" in name}
+    moved = {name for name, weight in after.items() if (weight - head[name]).abs().max() > 1e-4}
+    # no gradient reaches the edge through a `right_proj` of zeros
+    assert moved == {"query_proj.weight", "key_proj.weight", "stop_key"} and moved < after.keys() - {"edge"}
