@@ -1,4 +1,4 @@
-# Needs Python 3.10 to 3.13 and nothing else: `make demo` and `make test` set up $(VENV) by themselves.
+# Needs Python 3.10 to 3.13 and nothing else: `make demo`, `make serve` and `make test` set up $(VENV) by themselves.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,9 +10,10 @@ OLDEST ?= .venv-oldest
 OLDEST_PYTHON ?= $(or $(shell command -v python3.10),$(PYTHON))
 OLDEST_PINS := "torch==2.9.*" "transformers==5.17.*" "huggingface_hub==1.31.*"
 OUTSIDE ?= .venv-outside
+PORT ?= 8000
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
-.PHONY: venv demo test lint format slow oldest outside gpu clean
+.PHONY: venv demo serve test lint format slow oldest outside gpu clean
 
 venv: $(STAMP)
 
@@ -25,6 +26,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(BIN)/python examples/quickstart.py
+
+# on loopback; MODEL=folder serves another one
+serve: $(STAMP)
+	$(BIN)/python -m examples.serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)")
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ if (HERE / "kernels" / "insnext_kernels").is_dir():
 
 TRITON = ["triton>=3.5; platform_system == 'Linux'"]
 GGUF = ["gguf>=0.17"]
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30"]
 TRAIN = ["accelerate", "datasets", "evaluate", "matplotlib", "peft", "sacrebleu", "tqdm"]
 
 setup(
@@ -42,13 +43,16 @@ setup(
         "eval": ["lm-eval", "nltk", "rouge-score"],
         "faiss": ["faiss-cpu"],
         "gguf": GGUF,
+        "serve": SERVE,
         "triton": TRITON,
         "test": [
             *TRAIN,
             *TRITON,
             *GGUF,
+            *SERVE,
             "faiss-cpu",
             "hypothesis",
+            "openai",
             "pytest>=9",
             "pytest-xdist",
             "rouge-score",
