@@ -104,6 +104,33 @@ class InsertionCache(Cache):
         self.lengths = torch.minimum(self.lengths, lengths.to(self.lengths.device))
         self._measure()
 
+    def keep_entries(self, entries: torch.Tensor) -> None:
+        """Keep the given entries `[E]` of every row, in that order, without a gap between them."""
+        held = len(entries)
+        for layer in self.layers:
+            layer.keys[:, :, :held], layer.values[:, :, :held] = layer.keys[:, :, entries], layer.values[:, :, entries]
+        self.lengths = torch.full_like(self.lengths, held)
+        self._measure()
+
+    def put_back(self, kept: torch.Tensor, removed: torch.Tensor, columns: list[tuple]) -> None:
+        """Undo `keep_entries(kept)` of every row, whatever was written since.
+
+        Args:
+            kept: Entries `[E]` that were kept.
+            removed: Entries `[F]` that were not.
+            columns: What `columns(removed)` returned before.
+        """
+        for layer, (keys, values) in zip(self.layers, columns, strict=True):
+            for buffer, column in ((layer.keys, keys), (layer.values, values)):
+                buffer[:, :, kept] = buffer[:, :, : len(kept)].clone()
+                buffer[:, :, removed] = column
+        self.lengths = torch.full_like(self.lengths, len(kept) + len(removed))
+        self._measure()
+
+    def columns(self, entries: torch.Tensor) -> list[tuple]:
+        """Return copies of the keys and values of some entries `[E]` of every row, layer by layer."""
+        return [(layer.keys[:, :, entries], layer.values[:, :, entries]) for layer in self.layers]
+
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep the given rows, in that order; a row may be named several times."""
         self.lengths = self.lengths[rows]

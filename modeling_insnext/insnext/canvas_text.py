@@ -109,12 +109,32 @@ def build_canvas(
         rows = [_keyword_row(tokenizer, forms, gap, ordered, choose) for forms in batch]
     _warn_of_changes(tokenizer, rows)
     bounds = _gap_bounds(rows, min_gap_tokens, max_gap_tokens)
+    canvas = _canvas_of(tokenizer, rows, bounds, continuation_mask)
+    return canvas if device is None else canvas.to(device)
+
+
+def canvas_at(tokenizer, text: str, at: int, vocab_size: int) -> tuple[Canvas, str, str]:
+    """Return the canvas of a text with one gap, at a character, and what is given on the left and on the right of it.
+
+    As if a mark stood there, see :func:`build_canvas`: one space beside the gap is the border of a word, so left,
+    what is written and right are the text.
+
+    Raises:
+        ValueError: As there.
+    """
+    left, right = _segment(text[:at], after_gap=False, before_gap=True), _segment(text[at:], True, False)
+    row = _gap_row(tokenizer, [left, right], [Gap()], text, "")
+    canvas = _canvas_of(tokenizer, [row], [([0], [-1])], continuation_mask_of(tokenizer, vocab_size))
+    return canvas, left.text, right.text
+
+
+def _canvas_of(tokenizer, rows: list[Row], bounds, continuation_mask: torch.Tensor) -> Canvas:
     highest = max(max(row.ids) for row in rows)
     if highest >= len(continuation_mask):
         raise ValueError(f"vocabulary mismatch: token id {highest} in a vocabulary of {len(continuation_mask)}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.bos_token_id
     minima, maxima = zip(*bounds, strict=True)
-    canvas = Canvas(
+    return Canvas(
         input_ids=_pad([row.ids for row in rows], pad),
         attention_mask=_pad([[1] * len(row.ids) for row in rows], 0),
         slot_mask=_pad([[index >= 0 for index in row.gap_after] for row in rows], False),
@@ -124,7 +144,6 @@ def build_canvas(
         word_end_mask=_pad([row.word_end for row in rows], False),
         continuation_mask=continuation_mask,
     )
-    return canvas if device is None else canvas.to(device)
 
 
 def _texts(text: str | list[str]) -> list[str]:
@@ -167,9 +186,13 @@ def _text_row(tokenizer, text: str, mark: str) -> Row:
             f"a text needs at least one mark {mark!r} to open a gap, got {text!r}; "
             "words that must occur go to keywords=[...]"
         )
+    return _gap_row(tokenizer, segments, gaps, text, mark)
+
+
+def _gap_row(tokenizer, segments: list[Segment], gaps: list[Gap], text: str, mark: str) -> Row:
     ids, gap_after, word_end = [tokenizer.bos_token_id], [-1], [False]
     for index, segment in enumerate(segments):
-        pieces = _encode(tokenizer, segment.text, first=index == 0)
+        pieces = given_ids(tokenizer, segment.text, first=index == 0)
         if not pieces and 0 < index < len(gaps):
             raise ValueError(
                 f"gaps {index - 1} and {index} touch: no given token stands between them in {text!r}; "
@@ -192,7 +215,7 @@ def _keyword_row(tokenizer, keywords: list[list[str]], mark: str, ordered: bool,
                 "if these are letters of the word, choose another mark, as gap='<gap>'"
             )
     texts = [[_segment(f" {form.strip()} ", True, True).text for form in forms] for forms in keywords]
-    pieces = [[_encode(tokenizer, text, first=False) for text in forms] for forms in texts]
+    pieces = [[given_ids(tokenizer, text, first=False) for text in forms] for forms in texts]
     chosen = [(index, 0) for index in range(len(keywords))]
     if not ordered or any(len(forms) > 1 for forms in keywords):
         chosen = [(int(index), int(form)) for index, form in choose(pieces, ordered)]
@@ -248,8 +271,12 @@ def _inline_bounds(index: int, bounds: str | None) -> Gap:
     return Gap(minimum, int(match[3]) if match[3] else -1)
 
 
-def _encode(tokenizer, text: str, first: bool) -> list[int]:
-    """Return the ids that `text` has in the middle of a text, or at its start if `first`."""
+def given_ids(tokenizer, text: str, first: bool = True) -> list[int]:
+    """Return the ids that `text` has in the middle of a text, or at its start if `first`.
+
+    Raises:
+        ValueError: If it is no Unicode, or the tokenizer has no token for a part of it.
+    """
     if not text:
         return []
     surrogate = re.search("[\ud800-\udfff]", text)
@@ -322,4 +349,4 @@ def _pad(rows: Sequence[list], value: int | bool) -> torch.Tensor:
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
 
 
-__all__ = ["build_canvas"]
+__all__ = ["build_canvas", "canvas_at", "given_ids"]

@@ -16,7 +16,7 @@ from .cache import InsertionCache
 
 PER_ROW = (
     "origins", "margins", "running", "ids", "ranks", "following", "lengths", "steps", "gaps", "words_end",
-    "encoded_together", "encoded_tokens", "left", "right", "slots", "keys", "state",
+    "encoded_together", "encoded_tokens", "left", "right", "slots", "keys", "hidden",
 )  # fmt: skip
 
 
@@ -46,7 +46,7 @@ class Draft:
         encoded_tokens: int64 `[R]`, tokens that went through the network so far.
         reencoded_at: for each row the steps after which EBR struck.
         reencoded_tokens: for each row how many tokens it encoded anew each time.
-        state: `[R, D]`, hidden state of each row's last entry.
+        hidden: `[R, C + 1, D]`, hidden state of each encoded entry.
         origins: int64 `[R]`, row of the canvas that each row grew from.
         margins: int64 `[R]`, padding that stood left of the given tokens.
         running: bool `[R]`, rows that still grow.
@@ -88,9 +88,8 @@ class Draft:
 
         D = model.config.hidden_size
         self.left = torch.zeros(R, self.capacity + 1, D, device=device, dtype=model.dtype)
-        self.right, self.slots, self.keys = (torch.zeros_like(self.left) for _ in range(3))
+        self.right, self.slots, self.keys, self.hidden = (torch.zeros_like(self.left) for _ in range(4))
         self.right[:, self.capacity] = self.head.edge_side()
-        self.state = torch.zeros(R, D, device=device, dtype=model.dtype)
         self.cache = InsertionCache(R, self.capacity if static else None, device)
         self.encode_block(torch.arange(R, device=device), torch.zeros_like(self.lengths))
         self.step = 1
@@ -116,6 +115,11 @@ class Draft:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    @property
+    def state(self) -> torch.Tensor:
+        """The hidden state of each row's last encoded entry, `[R, D]`."""
+        return self.hidden[torch.arange(len(self), device=self.ids.device), self.cache.lengths - 1]
 
     @property
     def width(self) -> int:
@@ -242,14 +246,17 @@ class Draft:
         return hidden.gather(1, index), first[:, None] + last
 
     def _settle(self, rows, entries, hidden) -> None:
-        """Take in the hidden states of newly encoded entries: the state, their sides, and every slot they touch."""
-        self.state[rows] = hidden[:, -1]
+        """Take in the hidden states of newly encoded entries: their sides, and every slot they touch."""
         row_r1 = rows[:, None]
+        self.hidden[row_r1, entries] = hidden
         self.left[row_r1, entries], self.right[row_r1, entries] = self.head.sides(hidden)
-        touched = torch.cat([entries, self._preceding(rows, entries)], 1)
-        slots = self.head.slot(self.left[row_r1, touched], self.right[row_r1, self.following[row_r1, touched]])
-        self.slots[row_r1, touched] = slots
-        self.keys[row_r1, touched] = self.head.key_proj(slots)
+        self._make_slots(row_r1, torch.cat([entries, self._preceding(rows, entries)], 1))
+
+    def _make_slots(self, row_r1, entries) -> None:
+        """Make the slots right of entries `[r, E]` from the sides of the tokens around them."""
+        slots = self.head.slot(self.left[row_r1, entries], self.right[row_r1, self.following[row_r1, entries]])
+        self.slots[row_r1, entries] = slots
+        self.keys[row_r1, entries] = self.head.key_proj(slots)
 
     def _preceding(self, rows, entries) -> torch.Tensor:
         """Return the entry left of each entry; of the first token of the text, itself."""

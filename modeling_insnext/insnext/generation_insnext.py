@@ -10,9 +10,12 @@ decoding loops of Transformers run unchanged.
 Sources: sequential and parallel insertion, InsNet (arXiv:2102.11008); EBR, InsNeXt (OpenReview moqBBpMZ8w).
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from transformers import GenerationMixin, LogitsProcessorList, StoppingCriteriaList, TextStreamer
-from transformers.generation import MaxTimeCriteria
+from transformers.generation import MaxTimeCriteria, StopStringCriteria
 from transformers.utils import logging
 
 from .bans import Bans
@@ -37,10 +40,50 @@ from .write_sample import write_sample
 
 logger = logging.get_logger(__name__)
 
-ONLY_LEFT_TO_RIGHT = ("assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")
+ONLY_LEFT_TO_RIGHT = (
+    "assistant_model", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate", "synced_gpus",
+)  # fmt: skip
 
 # the first two are kept by STOP, the others by `Bans`, which look to both sides of a slot
 NOT_BY_PROCESSORS = {"min_new_tokens", "min_length", "bad_words_ids", "sequence_bias", "no_repeat_ngram_size"}
+
+
+class Voices(NamedTuple):
+    """What has a say in a call of `generate` beside its options; see there."""
+
+    logits_processor: LogitsProcessorList | None = None
+    stopping_criteria: StoppingCriteriaList | None = None
+    prefix_allowed_tokens_fn: Callable | None = None
+    streamer: Any = None
+
+
+class WritingTask(NamedTuple):
+    """A checked call of `generate`: what is given, what may be written, and who has a say."""
+
+    config: InsertionGenerationConfig
+    canvas: Canvas
+    budget: Budget
+    rules: TokenRules
+    criteria: StoppingCriteriaList
+    stops: StopStringCriteria | None
+
+    def write(self, draft: Draft, streamer=None) -> InsertionGenerateOutput:
+        """Write into the encoded canvas.
+
+        Raises:
+            ValueError: If every token of a chosen slot is barred.
+        """
+        shown = _put_prompt(streamer, draft, self.canvas)
+        if self.config.num_beams > 1:
+            output = write_beams(draft, self.config, self.rules, self.criteria)
+        else:
+            output = write_sample(draft, self.config, self.rules, self.criteria, streamer)
+        if self.stops is not None:
+            output.cut(self.stops, self.canvas.lengths, draft.pad)
+        if streamer is not None:
+            streamer.put(output.sequences[:, shown:].cpu())
+            streamer.end()
+        return output
 
 
 class InsertionGenerationMixin(GenerationMixin):
@@ -176,8 +219,8 @@ class InsertionGenerationMixin(GenerationMixin):
         """
         config, fields = merge_generation_configs(self.generation_config, generation_config, **kwargs)
         asked = asked_options(self.generation_config, generation_config, kwargs)
-        self._check_special_tokens(config)
         if config.left_to_right:
+            self._check_special_tokens(config)
             _check_left_to_right(config, asked)
             return super().generate(
                 inputs,
@@ -189,35 +232,44 @@ class InsertionGenerationMixin(GenerationMixin):
                 streamer=streamer,
                 **kwargs,
             )
-        tokenizer = fields.pop("tokenizer", None)
-        self._check_options(config, fields, generation_config, asked, synced_gpus)
+        voices = Voices(logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer)
+        task = self.writing_task(config, {**fields, "inputs": inputs, "synced_gpus": synced_gpus}, asked, voices)
+        draft = Draft.start(self, task.canvas, task.budget, config, fields.get("attention_mask"))
+        output = task.write(draft, streamer)
+        return output if config.return_dict_in_generate else output.sequences
+
+    def writing_task(self, config, fields: dict, asked: set[str], voices: "Voices") -> "WritingTask":
+        """Return what a call of `generate` is to do, once everything about it is checked.
+
+        Args:
+            config: The options.
+            fields: The other keyword arguments.
+            asked: Names of the options that the caller has set.
+            voices: What has a say beside the options.
+
+        Raises:
+            ValueError: As `generate`.
+            TypeError: If `streamer` is none.
+        """
+        fields = dict(fields)
+        inputs, tokenizer = fields.pop("inputs", None), fields.pop("tokenizer", None)
+        self._check_special_tokens(config)
+        self._check_options(config, fields, asked)
         bans = Bans(config, self.config.vocab_size)
         canvas = bans.with_minima(self._given_canvas(inputs, fields))
         budget = Budget.resolve(canvas, config, self.config)
-        _check_texts(streamer, canvas, config)
-        check_stock([*(logits_processor or []), *(stopping_criteria or [])])
+        _check_texts(voices.streamer, canvas, config)
+        check_stock([*(voices.logits_processor or []), *(voices.stopping_criteria or [])])
         stops = stop_strings(config, tokenizer, canvas)
-        processors = self._token_processors(config, logits_processor, canvas)
-        rules = TokenRules(canvas.continuation_mask, processors, bans, prefix_allowed_tokens_fn)
-        criteria = _criteria(config, stopping_criteria)
-        draft = Draft.start(self, canvas, budget, config, fields.get("attention_mask"))
-        shown = _put_prompt(streamer, draft, canvas)
-        if config.num_beams > 1:
-            output = write_beams(draft, config, rules, criteria)
-        else:
-            output = write_sample(draft, config, rules, criteria, streamer)
-        if stops is not None:
-            output.cut(stops, canvas.lengths, draft.pad)
-        if streamer is not None:
-            streamer.put(output.sequences[:, shown:].cpu())
-            streamer.end()
-        return output if config.return_dict_in_generate else output.sequences
+        processors = self._token_processors(config, voices.logits_processor, canvas)
+        rules = TokenRules(canvas.continuation_mask, processors, bans, voices.prefix_allowed_tokens_fn)
+        return WritingTask(config, canvas, budget, rules, _criteria(config, voices.stopping_criteria), stops)
 
     def _check_special_tokens(self, config) -> None:
         if config.pad_token_id is not None and config.pad_token_id >= self.config.vocab_size:
             raise ValueError(f"pad_token_id must be in [0, {self.config.vocab_size}), got {config.pad_token_id}")
 
-    def _check_options(self, config, fields, generation_config, asked, synced_gpus) -> None:
+    def _check_options(self, config, fields, asked) -> None:
         """Refuse what means nothing when text is inserted."""
         method = virtual_tokens(self)
         if method is not None:
@@ -225,9 +277,9 @@ class InsertionGenerationMixin(GenerationMixin):
                 f"{method} of PEFT puts virtual tokens in front of a prompt and needs left_to_right=True; adapters "
                 "like LoRA work with inserted text too"
             )
-        for name, value in {**{name: fields.pop(name, None) for name in ONLY_LEFT_TO_RIGHT},
-                            "synced_gpus": synced_gpus or None}.items():  # fmt: skip
-            if value is not None:
+        for name in ONLY_LEFT_TO_RIGHT:
+            value = fields.pop(name, None)
+            if value is not None and value is not False:
                 raise ValueError(f"{name} needs left_to_right=True")
         check_generation_kwargs(fields, {*Canvas.field_names(), *config.option_names(), "tokenizer"})
         for name in ("bos_token_id", "eos_token_id"):

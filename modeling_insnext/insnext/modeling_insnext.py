@@ -36,6 +36,7 @@ from .attention import (
 from .cache import InsertionCache
 from .checkpoint import CheckedLoadingMixin
 from .configuration_insnext import CODE_VERSION, InsNextConfig
+from .document import DocumentMixin
 from .generation_configuration import InsertionGenerationConfig
 from .generation_insnext import InsertionGenerationMixin
 from .layers import InsNextAttention, InsNextBlock, block_norm
@@ -277,7 +278,7 @@ class InsNextLMOutput(ModelOutput):
     token_loss: torch.FloatTensor | None = None
 
 
-class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, InsertionScoringMixin):
+class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, InsertionScoringMixin, DocumentMixin):
     """InsNeXt with slots: writes text by insertion; left to right it is an ordinary causal language model.
 
     `lm_head` takes the states of slots (:meth:`token_logits`), not hidden states: `logits` of `forward` are

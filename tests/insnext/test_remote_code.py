@@ -34,6 +34,10 @@ def observe(model, tokenizer, ids):
         "left_to_right_beams": {"input_ids": ids, "left_to_right": True, "num_beams": 2},
     }
     texts = {name: model.generate(**call, max_new_tokens=6).tolist() for name, call in calls.items()}
+    document = model.open(tokenizer, "the old man")
+    document.replace(4, 7, "sea")
+    document.write(7, max_new_tokens=3)
+    texts["document"] = [document.text, document.ids, document.encoded_tokens]
     with torch.no_grad():
         return {**texts, "logits": model(ids).logits.tolist(), "ebr_default": model.generation_config.ebr}
 
