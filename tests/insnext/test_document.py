@@ -16,7 +16,11 @@ from tests.support.insnext import tiny_model
 from tests.support.tokenizers import tiny_tokenizer
 
 
-ENCODINGS = ("alibi", "rotary")
+ENCODINGS = {
+    "alibi": {},
+    "rotary": {"position_encoding": "rotary"},
+    "causal": {"position_encoding": "rotary", "block_attention": "causal"},
+}
 PIECES = ("a", "old ", " man", "the", "\n", "é", "  ", "x", "")
 SCRIPTS = st.lists(
     st.tuples(
@@ -36,7 +40,7 @@ ALL = settings(QUICK, max_examples=2000)
 def tools(encoding):
     tokenizer = tiny_tokenizer(vocab_size=290, all_bytes=True, add_prefix_space=False)
     small = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
-    return tiny_model(vocab_size=290, position_encoding=encoding, initializer_range=0.6, **small), tokenizer
+    return tiny_model(vocab_size=290, initializer_range=0.6, **ENCODINGS[encoding], **small), tokenizer
 
 
 def opened(encoding, text="the old man and the sea", **options):

@@ -40,8 +40,15 @@ class EditHistory:
         where = self.shadow.index(gone[0]) if gone else self.shadow.index(self.text[first - 1]) + 1 if first else 0
         self.shadow = [*self.shadow[:where], *new, *self.shadow[where:]]
         self.tokens += tokens
-        self.snapshots += [list(self.text if self.forgets else self.shadow)] * len(tokens)
+        seen = self.text if self.forgets else self.shadow
+        self.snapshots += [self.seen_by(token, new, seen) for token in new]
         self.encoded += len(tokens)
+
+    def seen_by(self, token, block, text):
+        """Return what a token of a block sees: the text, in causal blocks without the block's tokens right of it."""
+        if self.model.config.block_attention == "bidirectional" or token == block[-1]:
+            return list(text)
+        return [other for other in text if other <= token or other not in block]
 
     def become(self, ids):
         """Replace the smallest run that makes these the tokens."""
