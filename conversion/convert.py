@@ -25,6 +25,7 @@ from .checkpoint import (
     write_checkpoint,
 )
 from .folders import new_folder, refusing
+from .memory import BEGINNINGS, copied
 from .structure import framed, structure_ids
 from .tables import Table, apply_back, apply_table, origins, sources_of, unique
 
@@ -100,6 +101,7 @@ class Family(NamedTuple):
         fields: Maps a source's configuration and the target to the fields of ours; refuses what ours cannot express.
         without: By target, source patterns with a rule that are left out there, and why is said beside it.
         moved: By target, source patterns whose tensors have another place there than `table` says.
+        memory: Maps the source's configuration and one of `memory.BEGINNINGS` to the fields of a DRT with a memory.
         new: Maps configuration and target to patterns of the tensors that are new.
         rename: Maps a source's name of a tensor and its configuration to the name in the table.
         prepare: Maps tensors under the names of the table and the configuration to those that the rules are for.
@@ -116,6 +118,7 @@ class Family(NamedTuple):
     fields: Callable[[PreTrainedConfig, str], dict]
     without: dict[str, tuple[str, ...]] = {}
     moved: dict[str, dict[str, str]] = {}
+    memory: Callable[[PreTrainedConfig, str], dict] | None = None
     new: Callable[[PreTrainedConfig, str], tuple[str, ...]] = lambda config, target: NEW[target]
     rename: Callable[[str, PreTrainedConfig], str] = lambda name, config: name
     prepare: Callable[[dict, PreTrainedConfig], dict] = lambda tensors, config: tensors
@@ -177,7 +180,17 @@ def check_ids(holder, vocab_size: int, place: str = "the configuration") -> None
                 raise ValueError(f"{name} must be in [0, {vocab_size}), got {token} in {place}: --{name} replaces it")
 
 
-def our_config(family: Family, source_config, target: str, options: dict) -> PreTrainedConfig:
+def _memory_fields(family: Family, source_config, target: str, begin: str | None) -> dict:
+    if begin is None:
+        return {}
+    if target != "drt" or family.memory is None:
+        raise ValueError(f"memory is for DRTs made of a Llama and its like, got {begin!r} for {family.name}, {target}")
+    return family.memory(source_config, begin)
+
+
+def our_config(
+    family: Family, source_config, target: str, options: dict, memory: str | None = None
+) -> PreTrainedConfig:
     """Return the configuration of ours that a source's becomes.
 
     Raises:
@@ -186,7 +199,8 @@ def our_config(family: Family, source_config, target: str, options: dict) -> Pre
     if target not in family.targets:
         raise ValueError(f"{family.name} becomes one of {family.targets}, got {target!r}")
     with refusing(f"the configuration must be one of {family.name}"):
-        fields = {**family.fields(source_config, target), **options}
+        fields = {**family.fields(source_config, target), **_memory_fields(family, source_config, target, memory)}
+        fields |= options
         check_ids(SimpleNamespace(**fields), fields["vocab_size"])
         if "retrieval_groups" in options and "num_lower_layers" not in options:
             layers = source_config.num_hidden_layers
@@ -204,7 +218,13 @@ def our_config(family: Family, source_config, target: str, options: dict) -> Pre
 
 
 def convert_tensors(
-    family: Family, source: dict[str, torch.Tensor], source_config, target: str, seed: int = 0, **options
+    family: Family,
+    source: dict[str, torch.Tensor],
+    source_config,
+    target: str,
+    seed: int = 0,
+    memory: str | None = None,
+    **options,
 ) -> Converted:
     """Return a model of ours with a source's weights.
 
@@ -214,6 +234,8 @@ def convert_tensors(
         source_config: Its configuration.
         target: `"insnext"` or `"drt"`.
         seed: Of the tensors that are new.
+        memory: How a DRT's memory begins, `"copy"` or `"fresh"` (see memory); `None`: a DRT that sees what its source
+            sees.
         **options: Fields of our configuration in the place of what the source's says; `retrieval_groups` without
             `num_lower_layers` leaves the other layers to the lower ones.
 
@@ -223,7 +245,7 @@ def convert_tensors(
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed must be in [0, 2**63), got {seed}")
-    config = our_config(family, source_config, target, options)
+    config = our_config(family, source_config, target, options, memory)
     table = family.table_for(target)
     names = unique((family.rename(name, source_config), name) for name in source)
     origin = origins(table, names)
@@ -238,7 +260,10 @@ def convert_tensors(
     if head is not None and not torch.equal(head, made[EMBEDDING]):
         raise ValueError("a tied head must be the embedding (tie_word_embeddings=True), got another one")
     config.dtype = made[EMBEDDING].dtype
-    return Converted(config, {**made, **new_tensors(config, new, seed, config.dtype)}, new)
+    begun = new_tensors(config, new, seed, config.dtype)
+    if memory == "copy":
+        begun |= copied(config, made)
+    return Converted(config, {**made, **begun}, new)
 
 
 def _check_sources(origin: dict[str, str], made: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
@@ -394,7 +419,15 @@ DRT_OPTIONS = {
     "num_sink_tokens": (int, "first tokens that stay visible (default: 1, or 0 where the source's own window rolls)"),
     "landmark_source": (str, "what stands for a chunk: mean or cls"),
     "num_encoder_layers": (int, "layers of the chunk encoder"),
+    "cross_attention_layers": (
+        int,
+        "first layers of each group that attend to chunks (default: all; with --memory 1)",
+    ),
+    "residual": (str, "where what was read goes: bypass (the feed-forward) or stream (default of --memory copy)"),
 }
+
+
+MEMORY_HELP = "a short window and a memory, whose reading begins drawn or as a copy of self-attention; see memory.py"
 
 
 def parser_of(family: Family, module: str, description: str) -> argparse.ArgumentParser:
@@ -414,6 +447,8 @@ def parser_of(family: Family, module: str, description: str) -> argparse.Argumen
         group = parser.add_argument_group("options of DRT")
         for name, (kind, text) in DRT_OPTIONS.items():
             group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=text)
+        if family.memory is not None:
+            group.add_argument("--memory", choices=BEGINNINGS, default=argparse.SUPPRESS, help=MEMORY_HELP)
     return parser
 
 
@@ -422,7 +457,7 @@ def main(family: Family, module: str, description: str, argv: list[str] | None =
     parser = parser_of(family, module, description)
     options = vars(parser.parse_args(argv))
     source, destination, target = (options.pop(name) for name in ("source", "destination", "to"))
-    if target != "drt" and (misplaced := set(options) & set(DRT_OPTIONS)):
+    if target != "drt" and (misplaced := set(options) & {*DRT_OPTIONS, "memory"}):
         parser.error(f"{named(misplaced)} need --to drt, got --to {target}")
     if target in family.model_types and (misplaced := set(options) & set(TOKEN_OPTIONS)):
         parser.error(f"{named(misplaced)} need --to {' or '.join(family.targets)}, got --to {target}")

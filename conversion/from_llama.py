@@ -6,7 +6,9 @@
 DRT: the same function. Rotary positions (any scaling whose frequencies are fixed), biases, norms of queries and keys
 and Mistral's window are taken over; what retrieves is new and at first adds nothing, since the output projection of
 its cross-attention is zero. Where the source has no window, the DRT's is the source's `max_position_embeddings`;
-`--sliding_window` makes it shorter, and then the function is the same up to there.
+`--sliding_window` makes it shorter, and then the function is the same up to there. `--memory` is how to give a real
+model a memory: 512 tokens and the first one by self-attention, everything else by retrieval in every fifth layer of
+the upper half (memory.py).
 
 InsNeXt: the same function from left to right. Rotary positions turn by the offsets of insertion, which there are the
 distances of Llama, and a slot is its left neighbour at first: log p(token | the text goes on) is the source's
@@ -20,6 +22,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from .convert import NEW, Family, main
 from .decoders import retrieving
+from .memory import remembering
 
 
 CONFIGS = {config.model_type: config for config in (LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)}
@@ -126,6 +129,12 @@ def fields(config, target: str) -> dict:
     }
 
 
+def memory(config, begin: str) -> dict:
+    """Return the fields of a DRT with a memory; see :func:`memory.remembering`."""
+    window = reach(config)
+    return remembering(config.num_hidden_layers, window or config.max_position_embeddings, window is not None, begin)
+
+
 def rename(name: str, config) -> str:
     """Return the name that a tensor of a model without its head has with it."""
     return name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
@@ -164,6 +173,7 @@ FAMILY = Family(
     ("drt", "insnext"),
     TABLE,
     fields,
+    memory=memory,
     moved={"insnext": {"model.norm.weight": "slot_head.norm.weight"}},
     new=new,
     rename=rename,

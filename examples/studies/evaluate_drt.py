@@ -101,7 +101,7 @@ def decoding(model, text: np.ndarray, context: int, search: str, arguments: Argu
         times.append(1000 * (time.perf_counter() - start))
     config = model.config
     chunks = (context + arguments.steps) // config.chunk_size
-    vectors = chunks * 2 * config.chunk_size * config.num_key_value_heads * config.head_dim
+    vectors = chunks * 2 * config.chunk_size * config.memory_heads * config.head_dim
     return {
         "prefill_s": prefill,
         "step_ms": float(np.mean(times)),

@@ -25,6 +25,8 @@ MADE_FOR = (
     "retrieval_groups",
     "chunk_size",
     "num_retrieved_chunks",
+    "cross_attention_layers",
+    "keys_per_layer",
     "sliding_window",
     "num_sink_tokens",
     "landmark_source",

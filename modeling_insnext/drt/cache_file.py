@@ -85,6 +85,9 @@ YOUNGER_FIELDS = {
     "gated_mlp": True,
     "hidden_act": "silu",
     "num_sink_tokens": 0,
+    "cross_attention_layers": None,
+    "keys_per_layer": False,
+    "gated_retrieval": False,
 }
 
 
@@ -378,7 +381,7 @@ def _check_state(path, state: dict, entries: dict[str, Entry], cache, decoder) -
         "recent": (torch.bool, (B, None)),
         "found.chunks": (torch.int64, (B, None, K)),
         "found.weights": (torch.promote_types(dtype, torch.float32), (B, None, K)),
-        "memory.chunks": (dtype, (N, 2, G, S, d)),
+        "memory.chunks": (dtype, (N, 2, config.memory_heads, S, d)),
         "memory.landmarks": (dtype, (N, None)),
         "memory.table": (torch.int64, (B, max(complete, default=0))),
         "memory.checksums": (torch.int64, (N,)),

@@ -88,6 +88,12 @@ class DrtConfig(PreTrainedConfig):
         residual: `"bypass"`: what was retrieved enters the feed-forward only; `"stream"`: also the residual stream.
         fusion: `"gca"`: a softmax inside each chunk, chunks weighted by their retrieval scores; `"cca"`: one softmax
             over the concatenated chunks, scores unused (as in RETRO, arXiv:2112.04426).
+        cross_attention_layers: How many layers of each group, its first ones, attend to what was retrieved; `None`:
+            all.
+        keys_per_layer: Whether each of these layers has keys and values of its own in the chunk memory, which grows by
+            as much, or all read the same ones.
+        gated_retrieval: Whether the heads of cross-attention have a factor each, 1 in a new model. A model converted
+            with a memory starts with 0 there.
         retriever: `"learned"` end to end; `"random"`: any chunks, equal weights; `"fixed"`: cosine of frozen
             bag-of-tokens vectors (which of several chunks of the same tokens is chosen, is left open).
         self_attention: `"window"`, or `"landmark"`: the grouped softmax of Landmark Attention (arXiv:2305.16300), a
@@ -140,6 +146,9 @@ class DrtConfig(PreTrainedConfig):
     landmark_source: str = "token"
     landmark_slot: str = "off_by_one"
     residual: str = "bypass"
+    cross_attention_layers: int | None = None
+    keys_per_layer: bool = False
+    gated_retrieval: bool = False
     fusion: str = "gca"
     retriever: str = "learned"
     self_attention: str = "window"
@@ -190,6 +199,9 @@ class DrtConfig(PreTrainedConfig):
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if self.sliding_window is not None and not _is_integer(self.sliding_window, 1):
             raise ValueError(f"sliding_window must be an integer of at least 1 or None, got {self.sliding_window!r}")
+        crossing = self.cross_attention_layers
+        if crossing is not None and not _is_integer(crossing, 1):
+            raise ValueError(f"cross_attention_layers must be an integer of at least 1 or None, got {crossing!r}")
         groups = self.retrieval_groups
         if not isinstance(groups, (list, tuple)) or not all(_is_integer(n, 1) for n in groups):
             raise ValueError(f"retrieval_groups must be a list of numbers of layers, each at least 1, got {groups!r}")
@@ -290,6 +302,20 @@ class DrtConfig(PreTrainedConfig):
     @property
     def num_hidden_layers(self) -> int:
         return self.num_lower_layers + sum(self.retrieval_groups)
+
+    @property
+    def cross_layers(self) -> list[int]:
+        """Numbers of the layers that attend to chunks."""
+        found, first = [], self.num_lower_layers
+        for count in self.retrieval_groups:
+            found += range(first, first + min(count, self.cross_attention_layers or count))
+            first += count
+        return found
+
+    @property
+    def memory_heads(self) -> int:
+        """Heads of keys and values in the chunk memory, those of all layers that have their own."""
+        return self.num_key_value_heads * (len(self.cross_layers) if self.keys_per_layer else 1)
 
     @property
     def has_landmark_tokens(self) -> bool:

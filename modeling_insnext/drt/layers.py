@@ -111,17 +111,24 @@ class DrtAttention(nn.Module):
 
 
 class DrtCrossAttention(nn.Module):
-    """Attention to retrieved chunks. Queries of its own; keys and values come from the chunk memory."""
+    """Attention to retrieved chunks. Queries of its own; keys and values come from the chunk memory.
 
-    def __init__(self, config: DrtConfig):
+    They are those of the memory's heads `first_head` to `first_head` + G - 1.
+    """
+
+    def __init__(self, config: DrtConfig, first_head: int = 0):
         super().__init__()
         self.config = config
+        self.heads = slice(first_head, first_head + config.num_key_value_heads)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
+        if config.gated_retrieval:
+            self.gate = nn.Parameter(torch.ones(config.num_attention_heads))
 
     def forward(self, hidden_BLD: torch.Tensor, served: Served) -> torch.Tensor:
         key, value, weights_BCK, indices_BCK, phases = served
+        key, value = key[:, self.heads], value[:, self.heads]
         B, L = hidden_BLD.shape[:2]
         query_BHLD = self.q_proj(self.norm(hidden_BLD)).view(B, L, -1, self.config.head_dim).transpose(1, 2)
         if phases is not None:
@@ -133,6 +140,8 @@ class DrtCrossAttention(nn.Module):
         out_BHLD = attend(query_BHLD, key, value, indices_BCK, weights_BCK.to(query_BHLD.dtype), off_by_one=off_by_one)
         if phases is not None:
             out_BHLD = shift_rows(out_BHLD, phases, L, dim=2)
+        if self.config.gated_retrieval:
+            out_BHLD = out_BHLD * self.gate[:, None, None]
         return self.o_proj(out_BHLD.transpose(1, 2).flatten(2))
 
 
@@ -154,12 +163,15 @@ class DrtMLP(nn.Module):
 
 
 class DrtLayer(GradientCheckpointingLayer):
-    """One layer; an upper one (`retrieves`) also attends to chunks."""
+    """One layer; one of `config.cross_layers` also attends to chunks."""
 
-    def __init__(self, config: DrtConfig, layer_idx: int, retrieves: bool):
+    def __init__(self, config: DrtConfig, layer_idx: int):
         super().__init__()
         self.self_attn = DrtAttention(config, layer_idx)
-        self.cross_attn = DrtCrossAttention(config) if retrieves else None
+        self.cross_attn = None
+        if layer_idx in config.cross_layers:
+            place = config.cross_layers.index(layer_idx) if config.keys_per_layer else 0
+            self.cross_attn = DrtCrossAttention(config, place * config.num_key_value_heads)
         self.mlp = DrtMLP(config)
         self.input_layernorm = decoder_norm(config)
         self.post_attention_layernorm = decoder_norm(config)
@@ -205,7 +217,7 @@ class DrtEncoderLayer(nn.Module):
 
 
 class DrtChunkEncoder(nn.Module):
-    """What stays of a chunk: a landmark, and keys and values for all upper layers."""
+    """What stays of a chunk: a landmark, and keys and values for the layers that attend to it."""
 
     def __init__(self, config: DrtConfig):
         super().__init__()
@@ -214,8 +226,8 @@ class DrtChunkEncoder(nn.Module):
         self.input_norm = nn.RMSNorm(D, eps=config.rms_norm_eps)
         self.layers = nn.ModuleList([DrtEncoderLayer(config) for _ in range(config.num_encoder_layers)])
         self.norm = nn.RMSNorm(D, eps=config.encoder_rms_norm_eps)
-        self.k_proj = nn.Linear(D, config.num_key_value_heads * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(D, config.num_key_value_heads * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(D, config.memory_heads * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(D, config.memory_heads * config.head_dim, bias=False)
         if config.landmark_source == "cls":
             self.cls = nn.Parameter(torch.zeros(D))
 
@@ -235,4 +247,4 @@ class DrtChunkEncoder(nn.Module):
         return landmarks, keys_values.unflatten(-1, (-1, self.config.head_dim)).transpose(3, 4)
 
 
-__all__ = ["DrtChunkEncoder", "DrtLayer", "Pass", "decoder_norm", "window_backend"]
+__all__ = ["DrtChunkEncoder", "DrtCrossAttention", "DrtLayer", "Pass", "decoder_norm", "window_backend"]

@@ -13,7 +13,8 @@ A lower layer is h + Attention(RMSNorm(h)), then h + SwiGLU(RMSNorm(h)). A layer
 
 where GCA of a token in chunk t + 1 is sum_i w_i softmax(q K_i^T / sqrt(d)) V_i over the chunks that chunk t found:
 r_i = <RMSNorm_g(h at the end of t), l_i> / sqrt(D) for i < t, the K best, w their softmax. K_i and V_i are shared by
-all layers. Sources: DRT (ICML 2025, PMLR 267:24727), ALiBi (arXiv:2108.12409), RoPE (arXiv:2104.09864).
+all layers unless `keys_per_layer`. Sources: DRT (ICML 2025, PMLR 267:24727), ALiBi (arXiv:2108.12409), RoPE
+(arXiv:2104.09864).
 """
 
 import torch
@@ -33,7 +34,7 @@ from .cache import ChunkMemoryCache
 from .checkpoint import CheckedLoadingMixin
 from .configuration_drt import CODE_VERSION, DrtConfig
 from .generation_drt import DrtGenerationMixin
-from .layers import DrtChunkEncoder, DrtLayer, Pass, decoder_norm, window_backend
+from .layers import DrtChunkEncoder, DrtCrossAttention, DrtLayer, Pass, decoder_norm, window_backend
 from .layout import Layout, build_layout, put_in, shift_rows, take_out
 from .memory import ParallelMemory
 from .packing import BOUNDARIES, check_one_text
@@ -90,6 +91,8 @@ class DrtPreTrainedModel(CheckedLoadingMixin, PreTrainedModel):
             init.ones_(module.weight)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, DrtCrossAttention) and self.config.gated_retrieval:
+            init.ones_(module.gate)
         elif isinstance(module, DrtChunkEncoder) and self.config.landmark_source == "cls":
             init.normal_(module.cls, std=std)
         elif isinstance(module, DrtModel):
@@ -112,8 +115,7 @@ class DrtModel(DrtPreTrainedModel):
         self.rope = rope_of(config) if config.position_encoding == "rope" else None
         if config.has_landmark_tokens:
             self.landmark = nn.Parameter(torch.zeros(D))
-        lower, upper = config.num_lower_layers, sum(config.retrieval_groups)
-        self.layers = nn.ModuleList([DrtLayer(config, i, i >= lower) for i in range(lower + upper)])
+        self.layers = nn.ModuleList([DrtLayer(config, i) for i in range(config.num_hidden_layers)])
         self.retriever = RETRIEVERS[config.retriever](config) if config.retrieval_groups else None
         if self.retriever is not None:
             self.encoder = DrtChunkEncoder(config)
@@ -263,7 +265,7 @@ class DrtModel(DrtPreTrainedModel):
 
     def _reserve(self, past: ChunkMemoryCache, layout: Layout, embeds: torch.Tensor) -> None:
         config = self.config
-        chunk_shape = (2, config.num_key_value_heads, config.chunk_size, config.head_dim)
+        chunk_shape = (2, config.memory_heads, config.chunk_size, config.head_dim)
         width = config.hidden_size if self.retriever is None else self.retriever.landmark_width
         past.begin(len(embeds), chunk_shape, width, embeds.dtype, embeds.device)
         if self.retriever is not None:

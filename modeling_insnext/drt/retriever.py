@@ -103,7 +103,7 @@ class Retriever:
     def _nothing(self, hidden_BLD, serving: Retrieved):
         """Return one empty chunk: before the first chunk is complete there is nothing to read."""
         config = self.config
-        empty = hidden_BLD.new_zeros((1, config.num_key_value_heads, 1, config.chunk_size, config.head_dim))
+        empty = hidden_BLD.new_zeros((1, config.memory_heads, 1, config.chunk_size, config.head_dim))
         return empty, empty, serving.chunks_BCK
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from modeling_insnext import ChunkMemoryCache
 from modeling_insnext.drt import cache_file
 from modeling_insnext.drt.cache_file import decoder_of, header_digest, read_header, weights_digest
-from tests.support.drt import padded, random_ids, read, tiny_model
+from tests.support.drt import MEMORY, padded, random_ids, read, tiny_model
 from tests.support.equality import same_bits, within_rounding
 
 
@@ -25,6 +25,7 @@ VARIANTS = {
     "window None": {"sliding_window": None},
     "fixed": {"retriever": "fixed"},
     "mean": {"landmark_source": "mean"},
+    "memory": MEMORY,
     "no retrieval": {"retrieval_groups": [], "num_lower_layers": 3},
 }
 
@@ -132,6 +133,7 @@ def test_opening_a_book_on_disk_copies_nothing_and_changes_nothing(tmp_path):
         ({"num_retrieved_chunks": 3}, "another model: num_retrieved_chunks is 2 in it, 3 in the model"),
         ({"retrieval_groups": [2]}, r"another model: retrieval_groups is \[1, 1\] in it, \[2\]"),
         ({"residual": "stream"}, "another model: residual is 'bypass' in it, 'stream' in the model"),
+        ({"gated_retrieval": True}, "another model: gated_retrieval is False in it, True in the model"),
         ({"seed": 1}, "another model: the weights differ"),
     ],
 )
@@ -278,6 +280,25 @@ def test_any_flipped_bit_is_found_before_an_answer(location, tmp_path):
     last = entry.begin + math.prod(entry.shape) * 8 - 2
     path.write_bytes(spoiled(as_version_1)(data[:last] + bytes([data[last] ^ 8]) + data[last + 1 :]))
     assert not within_rounding(answer(), expected)
+
+
+def test_no_byte_of_the_header_can_change_unnoticed(tmp_path):
+    """Every byte of length, index, metadata and the spaces behind them, another bit in each."""
+    model, path = tiny_model(num_lower_layers=0, retrieval_groups=[1]), tmp_path / "book"
+    saved(model, path, length=12, rows=1)
+    data = path.read_bytes()
+    header = min(entry.begin for entry in read_header(path)[1].values())
+    assert header == 8 + int.from_bytes(data[:8], "little") and read_header(path)
+    with open(path, "r+b") as file:
+        for place in range(header):
+            for value, fine in ((data[place] ^ (1 << place % 8), False), (data[place], True)):
+                file.seek(place)
+                file.write(bytes([value]))
+                file.flush()
+                if not fine:
+                    with pytest.raises(ValueError, match="book"):
+                        read_header(path)
+    read_header(path)
 
 
 def test_files_of_version_1_are_read_as_they_are(tmp_path):

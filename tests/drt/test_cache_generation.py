@@ -116,6 +116,7 @@ def test_beams_behind_one_book_name_what_to_call():
         ({"chunk_size": 4}, torch.float64, "another configuration: chunk_size is 5 in it, 4 in the model"),
         ({"retrieval_groups": [2]}, torch.float64, r"retrieval_groups is \[1, 1\] in it, \[2\] in the model"),
         ({"num_lower_layers": 3}, torch.float64, "num_lower_layers is 2 in it, 3 in the model"),
+        ({"keys_per_layer": True}, torch.float64, "keys_per_layer is False in it, True in the model"),
         ({"landmark_source": "mean"}, torch.float64, "landmark_source is 'token' in it, 'mean' in the model"),
         ({}, torch.float32, "filled in torch.float64, got a model in torch.float32"),
     ],

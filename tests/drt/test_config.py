@@ -93,6 +93,8 @@ def test_there_are_no_other_baselines():
         ({"num_encoder_layers": 0}, "num_encoder_layers must be an integer of at least 1, got 0"),
         ({"vocab_size": None}, "vocab_size must be an integer of at least 1, got None"),
         ({"retrieval_groups": 6}, "retrieval_groups must be a list of numbers of layers, each at least 1, got 6"),
+        ({"cross_attention_layers": 0}, "cross_attention_layers must be an integer of at least 1 or None, got 0"),
+        ({"cross_attention_layers": True}, "cross_attention_layers must be .* at least 1 or None, got True"),
         ({"retrieval_groups": [3, 0]}, r"each at least 1, got \[3, 0\]"),
         ({"retrieval_groups": [3, True]}, r"each at least 1, got \[3, True\]"),
         ({"retrieval_groups": "33"}, "each at least 1, got '33'"),

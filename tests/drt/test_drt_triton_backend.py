@@ -21,6 +21,7 @@ SHAPES = {
     "x2": {},
     "mean, stream, dropped": {"landmark_source": "mean", "residual": "stream", "landmark_slot": "dropped"},
     "everything": {"sliding_window": None, "retrieval_groups": [1]},
+    "keys per layer": {"retrieval_groups": [2, 1], "cross_attention_layers": 1, "keys_per_layer": True},
     "rope": {"position_encoding": "rope", "retrieval_groups": [1], "landmark_source": "mean"},
 }
 

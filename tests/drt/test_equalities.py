@@ -12,7 +12,7 @@ from modeling_insnext.drt import memory
 from modeling_insnext.drt.modeling_drt import DrtModel
 from modeling_insnext.drt.retrieval import best_chunks
 from modeling_insnext.drt.retriever import Retriever
-from tests.support.drt import FORMS, padded, random_ids, read, tiny_model, whole
+from tests.support.drt import FORMS, MEMORY, padded, random_ids, read, tiny_model, whole
 
 
 CLOSE = 1e-9
@@ -35,6 +35,7 @@ CONFIGS = {
     "window_model": {"retrieval_groups": [], "num_lower_layers": 3},
     "full_attention": {"retrieval_groups": [], "sliding_window": None},
     "landmark_attention": {"retrieval_groups": [], "sliding_window": None, "self_attention": "landmark"},
+    "memory": MEMORY,
     **FORMS,
 }
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
@@ -56,6 +57,8 @@ def configs(draw):
         "retrieval_groups": draw(st.sampled_from([[1], [1, 1], [2, 1], [1, 1, 1]])),
         "num_lower_layers": draw(st.integers(0, 2)),
         "num_key_value_heads": draw(st.sampled_from([1, 2, 4])),
+        "cross_attention_layers": draw(st.sampled_from([None, 1])),
+        "keys_per_layer": draw(st.booleans()),
     }
     if changes["chunk_size"] < 3 and changes["retriever"] == "fixed":
         # chunks of the same few tokens have the same score, and any of them may be chosen
@@ -95,7 +98,9 @@ def test_decoding_and_segments_of_any_length_are_one_pass(changes, step):
         assert min(past.memory.counts) == LENGTH // model.config.chunk_size > model.config.num_retrieved_chunks
 
 
-@pytest.mark.parametrize("name", ["x2", "no_window", "landmark_attention", "chunks_of_eight", "rope", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["x2", "no_window", "landmark_attention", "chunks_of_eight", "rope", "memory", "gpt2"]
+)
 @pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
 def test_every_attention_implementation_is_the_same_function(name, implementation):
     if (name, implementation) == ("landmark_attention", "flex_attention"):
@@ -124,7 +129,7 @@ def test_a_row_of_a_ragged_batch_is_the_row_alone(changes):
         assert error > 1e-3 if side == "left" else error < CLOSE
 
 
-@pytest.mark.parametrize("name", ["x2", "cls", "cca", "random", "fixed", "chunks_of_one", "qwen", "gpt2"])
+@pytest.mark.parametrize("name", ["x2", "cls", "cca", "random", "fixed", "chunks_of_one", "memory", "qwen", "gpt2"])
 @pytest.mark.parametrize("location", ["host", "disk"])
 def test_where_chunks_lie_changes_nothing(name, location, tmp_path):
     model, ids = tiny_model(**CONFIGS[name]), random_ids(2, LENGTH)

@@ -5,7 +5,7 @@ import torch
 
 from modeling_insnext.drt import attention, layers, memory, retriever
 from modeling_insnext.drt.retrieval import best_chunks
-from tests.support.drt import FORMS, ROPE, random_ids, tiny_model, whole
+from tests.support.drt import FORMS, MEMORY, ROPE, random_ids, tiny_model, whole
 from tests.support.twin_drt import brute_force_logits
 
 
@@ -24,6 +24,9 @@ CONFIGS = {
     "mean": {"landmark_source": "mean", "landmark_slot": "dropped"},
     "cca": {"fusion": "cca"},
     "cca_dropped": {"fusion": "cca", "landmark_slot": "dropped"},
+    "first_layers": {"retrieval_groups": [2, 1], "cross_attention_layers": 1},
+    "keys_per_layer": {"retrieval_groups": [2, 1], "keys_per_layer": True},
+    "gated": MEMORY,
     "fixed": {"retriever": "fixed"},
     "fixed_mean": {"retriever": "fixed", "landmark_source": "mean"},
     "one_head": {"num_attention_heads": 1, "num_key_value_heads": 1},
@@ -55,7 +58,7 @@ def make(**changes):
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name or name.endswith(("bias", "gate")):
                 weight.add_(torch.rand(weight.shape, generator=generator, dtype=weight.dtype) - 0.5)
     return model
 

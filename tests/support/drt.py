@@ -37,6 +37,18 @@ GPT2 = {
     "hidden_act": "gelu",
     "mlp_bias": True,
 }
+# what a model converted with a memory has: layers that attend to chunks among others, each with its own keys, gated
+MEMORY = {
+    **ROPE,
+    "landmark_source": "mean",
+    "num_sink_tokens": 1,
+    "residual": "stream",
+    "retrieval_groups": [2, 2],
+    "num_lower_layers": 1,
+    "cross_attention_layers": 1,
+    "keys_per_layer": True,
+    "gated_retrieval": True,
+}
 FORMS = {"rope": ROPE, "qwen": QWEN, "gpt2": {**GPT2, "landmark_source": "mean"}, "gpt2_landmarks": GPT2}
 
 

@@ -97,30 +97,36 @@ def retrieve(c, query_D, landmarks, bags, t):
     return best, torch.stack([scores[i] for i in best]).softmax(0) if best else []
 
 
-def cross_attention(c, w, name, x_D, memory, found, weights):
-    """Attention of one position to the chunks that serve it; a softmax in each ("gca") or over all ("cca")."""
+def cross_attention(c, w, name, x_D, memory, found, weights, place):
+    """Attention of one position to the chunks that serve it; a softmax in each ("gca") or over all ("cca").
+
+    `place` counts the layers that attend to chunks; with `keys_per_layer` each has its own part of every chunk.
+    """
     d, H = c.head_dim, c.num_attention_heads
     q = rms_norm(x_D, w[f"{name}.cross_attn.norm.weight"], c.rms_norm_eps) @ w[f"{name}.cross_attn.q_proj.weight"].T
     out, one = torch.zeros_like(q), float(c.landmark_slot == "off_by_one")
     for h in range(H) if found else []:
         own, g = slice(h * d, h * d + d), h * c.num_key_value_heads // H
+        g += place * c.num_key_value_heads if c.keys_per_layer else 0
         shared = slice(g * d, g * d + d)
         parts = [(memory[i][1][:, shared] @ q[own] / d**0.5).exp() for i in found]
         total = one + sum(part.sum() for part in parts)
         for i, part, weight in zip(found, parts, weights, strict=True):
             share = part / total if c.fusion == "cca" else weight * part / (one + part.sum())
-            out[own] += share @ memory[i][2][:, shared]
+            gate = w[f"{name}.cross_attn.gate"][h] if c.gated_retrieval else 1
+            out[own] += gate * (share @ memory[i][2][:, shared])
     return out @ w[f"{name}.cross_attn.o_proj.weight"].T
 
 
-def upper_layer(c, w, name, hidden_LD, memory, serving):
+def upper_layer(c, w, name, hidden_LD, memory, serving, place):
     """a = h + Attention(norm(h)); c = GCA(norm(a)); h' = a (or a + c, "stream") + SwiGLU(norm(a + c))."""
     a = hidden_LD + self_attention(c, w, name, decoder_norm(c, w, f"{name}.input_layernorm", hidden_LD))
     fused = a.clone()
     for i in range(len(a)):
         # what chunk t found serves chunk t + 1
         found, weights = serving.get(i // c.chunk_length - 1, ([], []))
-        fused[i] += cross_attention(c, w, name, a[i], memory, found, weights)
+        if place is not None:
+            fused[i] += cross_attention(c, w, name, a[i], memory, found, weights, place)
     normed = decoder_norm(c, w, f"{name}.post_attention_layernorm", fused)
     return (a if c.residual == "bypass" else fused) + feed_forward(c, w, name, normed)
 
@@ -149,7 +155,7 @@ def brute_force_logits(model, ids: list[int]) -> torch.Tensor:
     if c.retriever == "fixed":
         S = c.chunk_size
         bags = [w["bag_of_tokens"][torch.tensor(ids[t * S : t * S + S])].sum(0) for t in chunks]
-    layer = c.num_lower_layers
+    layer, place = c.num_lower_layers, 0
     for group, count in enumerate(c.retrieval_groups):
         serving = {}
         for t in chunks:
@@ -157,7 +163,8 @@ def brute_force_logits(model, ids: list[int]) -> torch.Tensor:
             if c.retriever == "learned":
                 query = rms_norm(query, w[f"query_norms.{group}.weight"], c.rms_norm_eps)
             serving[t] = retrieve(c, query, [landmark for landmark, *_ in memory], bags, t)
-        for _ in range(count):
-            hidden = upper_layer(c, w, f"layers.{layer}", hidden, memory, serving)
-            layer += 1
+        for within in range(count):
+            attends = within < (c.cross_attention_layers or count)
+            hidden = upper_layer(c, w, f"layers.{layer}", hidden, memory, serving, place if attends else None)
+            layer, place = layer + 1, place + attends
     return decoder_norm(c, w, "norm", hidden)[tokens] @ w["lm_head.weight"].T
