@@ -24,7 +24,8 @@ class NeedleScore(NamedTuple):
 
     Attributes:
         exact: Every token of the answer is right.
-        published: The token of the published score is right; None where a generated text cannot tell.
+        published: The token of the published score is right; None where a generated text cannot tell, and for needles
+            in words, which have no such score.
     """
 
     exact: bool
@@ -73,7 +74,7 @@ def answer_score(logits: torch.Tensor, sample: NeedleSample, question: int = -1)
     if logits.ndim != 2 or len(logits) != len(answer):
         raise ValueError(f"logits must be [{len(answer)}, V], one a token of the answer, got {tuple(logits.shape)}")
     right = [a == b for a, b in zip(logits.argmax(-1).tolist(), answer, strict=True)]
-    return NeedleScore(all(right), right[PUBLISHED[sample.kind]])
+    return NeedleScore(all(right), right[PUBLISHED[sample.kind]] if sample.kind in PUBLISHED else None)
 
 
 def generated_score(new_ids: torch.Tensor | Sequence[int], sample: NeedleSample, question: int = -1) -> NeedleScore:
@@ -94,7 +95,9 @@ def generated_score(new_ids: torch.Tensor | Sequence[int], sample: NeedleSample,
         raise ValueError(f"new_ids must be the tokens of one text, [N], got {tuple(new_ids.shape)}")
     answer = sample.input_ids[sample.questions[question].answer].tolist()
     written = new_ids[: len(answer)].tolist()
-    if PUBLISHED[sample.kind] == 0:
+    if sample.kind not in PUBLISHED:
+        published = None
+    elif PUBLISHED[sample.kind] == 0:
         published = written[:1] == answer[:1]
     else:
         published = written[-1:] == answer[-1:] if written[:-1] == answer[:-1] else None

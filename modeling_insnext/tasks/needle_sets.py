@@ -23,18 +23,18 @@ from .needles import (
     check_integer,
     check_length,
     draw_needles,
-    haystack_blocks,
-    plan,
 )
+from .word_needles import WordNeedleTask
 
 
+Task = NeedleTask | WordNeedleTask
 # bytes of a file beyond those of its tokens, at most
 SLACK = 1 << 16
 
 
 def write_needles(
     path: str | os.PathLike,
-    task: NeedleTask,
+    task: Task,
     haystack: np.ndarray,
     length: int,
     index: int,
@@ -50,7 +50,7 @@ def write_needles(
         ValueError: As `draw_needles`.
         OSError: If the disk has or gets no room, or the folder does not exist.
     """
-    made = plan(task, haystack, length, index, seed, epoch)
+    made = task.plan(haystack, length, index, seed, epoch)
     path = Path(path)
     dtype = np.result_type(haystack.dtype, *(np.min_scalar_type(int(ids.max())) for _, ids in made.pieces))
     needed, free = length * dtype.itemsize + SLACK, shutil.disk_usage(path.parent).free
@@ -80,7 +80,7 @@ def _write_ids(file: Path, dtype: np.dtype, haystack: np.ndarray, length: int, m
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (length,)}
         np.lib.format.write_array_header_1_0(out, header)
         begin = out.tell()
-        for at, block in (*haystack_blocks(haystack, made.first, length), *made.pieces):
+        for at, block in made.blocks(haystack, length):
             out.seek(begin + at * dtype.itemsize)
             out.write(np.ascontiguousarray(block, dtype=dtype).data)
         out.flush()
@@ -130,7 +130,7 @@ class NeedleDataset(Dataset):
 
     def __init__(
         self,
-        tasks: NeedleTask | Mapping[NeedleTask, float] | Sequence[tuple[NeedleTask, float]],
+        tasks: Task | Mapping[Task, float] | Sequence[tuple[Task, float]],
         haystack: np.ndarray,
         length: int | tuple[int, int],
         size: int,
@@ -191,13 +191,14 @@ def _read_lengths(length) -> tuple[int, int]:
 
 
 def _read_mixture(tasks) -> tuple[list[NeedleTask], np.ndarray]:
-    pairs = [(tasks, 1.0)] if isinstance(tasks, NeedleTask) else tasks
+    kinds = (NeedleTask, WordNeedleTask)
+    pairs = [(tasks, 1.0)] if isinstance(tasks, kinds) else tasks
     pairs = list(pairs.items()) if isinstance(pairs, Mapping) else list(pairs)
     if not pairs:
         raise ValueError("a mixture needs at least one task, got none")
     for pair in pairs:
-        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], NeedleTask):
-            raise ValueError(f"tasks must be a NeedleTask or pairs (NeedleTask, weight), got {pair!r}")
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2 or not isinstance(pair[0], kinds):
+            raise ValueError(f"tasks must be a NeedleTask or WordNeedleTask, or pairs (task, weight), got {pair!r}")
         task, weight = pair
         if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
             raise ValueError(f"the weight of {task.kind} must be a finite number above 0, got {weight!r}")

@@ -26,7 +26,7 @@ A sample is a function of task, haystack, length, index, seed and epoch, and of 
 DRT (ICML 2025, PMLR 267:24727) and RULER (arXiv:2404.06654).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -44,6 +44,7 @@ PHRASES = (
 )
 # tokens that are copied at once
 BLOCK = 1 << 20
+NO_TEXT = np.empty(0, dtype=np.int64)
 
 
 class NeedleQuestion(NamedTuple):
@@ -71,7 +72,7 @@ class NeedleSample:
     """A text with needles.
 
     Attributes:
-        kind: Kind of the task.
+        kind: Kind of the task; `word_` stands in front of that of a `WordNeedleTask`.
         input_ids: The text, `[T]`; a read-only memory map where it comes from a file.
         needles: (start, stop) of each needle.
         depths: Depth of each needle, 0 to 1: the share of the haystack in front of it.
@@ -99,6 +100,17 @@ class _Fact(NamedTuple):
     needles: list[np.ndarray]
     question: np.ndarray
     answer: np.ndarray
+
+
+class Plan(NamedTuple):
+    """A sample before its text is made: what is written where, and the haystack around it.
+
+    `blocks(haystack, length)` yields (index in the text, tokens); where blocks overlap, later ones count.
+    """
+
+    pieces: list[tuple[int, np.ndarray]]
+    sample: NeedleSample
+    blocks: Callable[[np.ndarray, int], Iterator[tuple[int, np.ndarray]]]
 
 
 @dataclass(eq=False)
@@ -225,6 +237,26 @@ class NeedleTask:
             columns = [_distinct(self.allowed_ids, self._num_facts, width, rng) for width in widths]
         return [self._write(*strings) for strings in zip(*columns, strict=True)]
 
+    def plan(self, haystack: np.ndarray, length: int, index: int, seed: int, epoch: int) -> Plan:
+        """Check what was asked for and draw all of a sample but its haystack; see `draw_needles`."""
+        rng, first = begin_plan(self, haystack, length, index, seed, epoch)
+        facts = self._draw_facts(rng)
+        texts = [needle for fact in facts for needle in fact.needles]
+        starts, depths = _place([len(text) for text in texts], self._limit(length, facts[0]), rng)
+        pieces = list(zip(starts, texts, strict=True))
+        needles = tuple((start, start + len(text)) for start, text in pieces)
+        questions, per_fact = [], len(facts[0].needles)
+        for i, end in enumerate(self._ends(length, facts[0])):
+            start, stop = end + 1 - len(facts[i].question), end + 1 + len(facts[i].answer)
+            questions.append(NeedleQuestion(start, end, stop, tuple(range(i * per_fact, (i + 1) * per_fact))))
+            pieces.append((start, np.concatenate([facts[i].question, facts[i].answer])))
+
+        def blocks(haystack, length):
+            yield from haystack_blocks(haystack, first, length)
+            yield from pieces
+
+        return Plan(pieces, NeedleSample(self.kind, NO_TEXT, needles, depths, tuple(questions)), blocks)
+
     def _ends(self, length: int, fact: _Fact) -> list[int]:
         """Return the index of the last token of each question: the first tokens of the last chunks with room."""
         chunks_apart = -(-(len(fact.question) + len(fact.answer)) // self.chunk_size)
@@ -252,16 +284,8 @@ def _distinct(allowed: np.ndarray, count: int, width: int, rng: np.random.Genera
     return list(found.values())
 
 
-class Plan(NamedTuple):
-    """A sample before its text is made: where the haystack starts, what is written over it, and where."""
-
-    first: int
-    pieces: list[tuple[int, np.ndarray]]
-    sample: NeedleSample
-
-
-def plan(task: NeedleTask, haystack: np.ndarray, length: int, index: int, seed: int, epoch: int) -> Plan:
-    """Check what was asked for and draw all of a sample but its haystack; see `draw_needles`."""
+def begin_plan(task, haystack: np.ndarray, length: int, index: int, seed: int, epoch: int):
+    """Check what was asked for; return the generator of all draws of a sample, and where its haystack starts."""
     check_haystack(haystack)
     for name, value in (("length", length), ("index", index), ("seed", seed), ("epoch", epoch)):
         # one word each: longer numbers would run into one another in the entropy
@@ -269,19 +293,7 @@ def plan(task: NeedleTask, haystack: np.ndarray, length: int, index: int, seed: 
     check_length(task, length)
     rng = np.random.default_rng(np.random.SeedSequence([seed, epoch, length, index]))
     size = len(haystack)
-    first = int(rng.integers(size - length + 1 if size >= length else size))
-    facts = task._draw_facts(rng)
-    texts = [needle for fact in facts for needle in fact.needles]
-    starts, depths = _place([len(text) for text in texts], task._limit(length, facts[0]), rng)
-    pieces = list(zip(starts, texts, strict=True))
-    needles = tuple((start, start + len(text)) for start, text in pieces)
-    questions, per_fact = [], len(facts[0].needles)
-    for i, end in enumerate(task._ends(length, facts[0])):
-        start, stop = end + 1 - len(facts[i].question), end + 1 + len(facts[i].answer)
-        questions.append(NeedleQuestion(start, end, stop, tuple(range(i * per_fact, (i + 1) * per_fact))))
-        pieces.append((start, np.concatenate([facts[i].question, facts[i].answer])))
-    no_text = np.empty(0, dtype=np.int64)
-    return Plan(first, pieces, NeedleSample(task.kind, no_text, needles, depths, tuple(questions)))
+    return rng, int(rng.integers(size - length + 1 if size >= length else size))
 
 
 def _place(lengths: list[int], limit: int, rng: np.random.Generator) -> tuple[list[int], tuple[float, ...]]:
@@ -304,7 +316,7 @@ def check_haystack(haystack: np.ndarray) -> None:
         raise ValueError("haystack must have at least one token, got 0 tokens")
 
 
-def check_length(task: NeedleTask, length: int) -> None:
+def check_length(task, length: int) -> None:
     if length % task.chunk_size:
         raise ValueError(f"length must be a multiple of chunk_size, {task.chunk_size}, got {length}")
     if length < task.min_length:
@@ -323,13 +335,11 @@ def haystack_blocks(haystack: np.ndarray, first: int, length: int) -> Iterator[t
         done += len(block)
 
 
-def draw_needles(
-    task: NeedleTask, haystack: np.ndarray, length: int, index: int, seed: int = 0, epoch: int = 0
-) -> NeedleSample:
+def draw_needles(task, haystack: np.ndarray, length: int, index: int, seed: int = 0, epoch: int = 0) -> NeedleSample:
     """Return sample `index` of `length` tokens: always the same one.
 
     Args:
-        task: What is hidden and asked for.
+        task: What is hidden and asked for, a `NeedleTask` or a `WordNeedleTask`.
         haystack: Token ids, `[N]`, an array or a memory map; a text starts anywhere in it. Where it is shorter than
             the text it is repeated, else a text does not run over its end.
         length: Tokens of the text, a multiple of the chunk size.
@@ -338,8 +348,8 @@ def draw_needles(
         ValueError: If the haystack is empty or no integers, `length` is too short or no multiple of the chunk size, or
             a number is negative or above 2^32 - 1.
     """
-    made = plan(task, haystack, length, index, seed, epoch)
+    made = task.plan(haystack, length, index, seed, epoch)
     input_ids = np.empty(length, dtype=np.int64)
-    for at, block in (*haystack_blocks(haystack, made.first, length), *made.pieces):
+    for at, block in made.blocks(haystack, length):
         input_ids[at : at + len(block)] = block
     return replace(made.sample, input_ids=input_ids)

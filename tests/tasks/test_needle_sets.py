@@ -223,8 +223,11 @@ def test_a_mixture_and_a_range_of_lengths_are_drawn_by_weight():
     ("changes", "message"),
     [
         ({"tasks": []}, "a mixture needs at least one task, got none"),
-        ({"tasks": ["passkey"]}, "tasks must be a NeedleTask or pairs"),
-        ({"tasks": {"passkey": 1.0}}, r"tasks must be a NeedleTask or pairs .*got \('passkey', 1.0\)"),
+        ({"tasks": ["passkey"]}, "tasks must be a NeedleTask or WordNeedleTask, or pairs"),
+        (
+            {"tasks": {"passkey": 1.0}},
+            r"tasks must be a NeedleTask or WordNeedleTask, or pairs .*got \('passkey', 1.0\)",
+        ),
         ({"tasks": {make_task("passkey"): 0}}, "the weight of passkey must be a finite number above 0, got 0"),
         (
             {"tasks": {make_task("passkey"): 1, make_task("two_hop", chunk_size=32): 1}},
