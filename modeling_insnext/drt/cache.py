@@ -71,6 +71,12 @@ class Tail:
         self.tensor = shift_rows(self.tensor, [-n for n in counts], self.places, self.dim)
         self.valid = [max(n - m, 0) for n, m in zip(self.valid, counts, strict=True)]
 
+    def fork(self) -> "Tail":
+        """Return a tail of the same entries; tensors are replaced, never written."""
+        twin = Tail(self.limit, self.dim)
+        twin.tensor, twin.valid = self.tensor, list(self.valid)
+        return twin
+
     def select_rows(self, indices: torch.Tensor) -> None:
         if self.tensor is not None:
             self.tensor = self.tensor.index_select(0, indices.to(self.tensor.device))
@@ -85,8 +91,9 @@ class ChunkMemoryCache(Cache):
 
     Args:
         config: Configuration of the model.
-        location: Where keys and values of past chunks lie: `"device"`, `"host"` (pinned where there is a GPU) or
-            `"disk"` (a memory-mapped file).
+        location: Where keys and values of past chunks lie: `"device"`, `"host"` (pinned where there is a GPU),
+            `"disk"` (a memory-mapped file), or `"auto"`: the first of these in whose free memory they take at most
+            half, reckoned when the first tokens are read from what `prefill` or `generate` is about to read.
         folder: Folder of that file; the system's temporary folder by default.
         search: `"exact"`, or `"faiss"`: as exact, but on the CPU, with the landmarks in host memory.
         crop_margin: How many tokens :meth:`crop` may remove once more than a window has been read. They cost
@@ -130,6 +137,8 @@ class ChunkMemoryCache(Cache):
         self.memory = ChunkMemory(location, folder, search)
         self.seen: list[int] = []
         self.columns = 0
+        # of a row, as far as somebody knows before they are read
+        self.expected_tokens = 0
         self.recent = Tail(None)
         self._set_limits(crop_margin)
 
@@ -170,10 +179,15 @@ class ChunkMemoryCache(Cache):
             way = f": call batch_repeat_interleave({rows // held}) on it before" if rows % held == 0 else ""
             raise ValueError(f"the cache holds {held} rows, got input of {rows} rows{way}")
 
+    def expect(self, tokens: int) -> None:
+        """Say how many tokens of a row are about to be read; `location="auto"` goes by it."""
+        self.expected_tokens = max(self.expected_tokens, self.columns + tokens)
+
     def begin(self, rows: int, chunk_shape, landmark_width: int, dtype, device) -> None:
         """Set up for so many rows; called by the model before the first columns are read."""
         if not self.columns and self.served:
-            self.memory.begin(rows, chunk_shape, landmark_width, dtype, device)
+            expected = rows * (self.expected_tokens // self.grid.chunk_size)
+            self.memory.begin(rows, chunk_shape, landmark_width, dtype, device, expected)
 
     def append(self, layer: int, key_BGLD, value_BGLD, lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Add keys and values of the new slots to a layer's window; return remembered and new ones together."""
@@ -262,6 +276,24 @@ class ChunkMemoryCache(Cache):
         for group, (chunks, weights) in enumerate(self.found):
             named |= {f"found.{group}.chunks": chunks, f"found.{group}.weights": weights}
         return {**named, "states": self.states, "recent": self.recent}
+
+    def fork(self, rows: int = 1) -> "ChunkMemoryCache":
+        """Return a cache behind the same text that goes on by itself: one for each question to a book.
+
+        Chunks and landmarks are shared, and what either reads from now on is its own. Windows are copied only where
+        one of the two changes them. `rows` repeats every row, for a batch of questions.
+        """
+        twin = type(self).__new__(type(self))
+        twin.__dict__ = dict(self.__dict__)
+        for name in ("keys", "values", "sinks"):
+            setattr(twin, name, [tail.fork() for tail in getattr(self, name)])
+        twin.found = [(chunks.fork(), weights.fork()) for chunks, weights in self.found]
+        twin.states, twin.recent = self.states.fork(), self.recent.fork()
+        twin.served = [copy.copy(fetch) for fetch in self.served]
+        twin.memory, twin.seen = self.memory.fork(), list(self.seen)
+        if rows > 1:
+            twin.batch_repeat_interleave(rows)
+        return twin
 
     def __deepcopy__(self, memo: dict) -> "ChunkMemoryCache":
         """Return a cache of its own; keys and values on disk are copied to another file."""

@@ -310,7 +310,7 @@ def _fill_memory(memory, path, chunks: Entry, held: dict[str, torch.Tensor], cou
     places = chunks.shape[0]
     if table_BN.numel() and not 0 <= int(table_BN.min()) <= int(table_BN.max()) < places:
         raise ValueError(f"{path} is damaged: its table names places outside of the {places} chunks it has")
-    memory.begin(len(counts), chunks.shape[1:], landmarks_ND.shape[1], chunks.dtype, device)
+    memory.begin(len(counts), chunks.shape[1:], landmarks_ND.shape[1], chunks.dtype, device, places)
     pieces = []
     if places and memory.location == "disk":
         memory.slab.map_saved(path, chunks.begin, places, checksums_N)

@@ -89,6 +89,7 @@ class DrtGenerationMixin(GenerationMixin):
         start = past.columns
         if attention_mask is not None and attention_mask.shape != (B, start + T):
             raise ValueError(f"attention_mask must be [{B}, {start + T}], got {list(attention_mask.shape)}")
+        past.expect(T)
         first_full = self._first_full_column(input_ids, attention_mask, past) if lower_only else 0
         # upper layers as well go on seeing the sinks, and must have read them
         after_sinks = self._column_behind_sinks(attention_mask, past, T)

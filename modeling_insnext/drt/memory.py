@@ -11,7 +11,9 @@ width.
 import errno
 import hashlib
 import os
+import re
 import tempfile
+import threading
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator
@@ -227,6 +229,30 @@ def map_chunks(file, offset: int, shape: tuple[int, ...], dtype: torch.dtype, mo
         return torch.from_numpy(raw).view(dtype).view(shape)
 
 
+def roomy_location(size: int, device: torch.device) -> str:
+    """Return where so many bytes of chunks go: the device, else host memory, else the disk.
+
+    A place has room if they take at most half of what is free there. What a CPU reads in place lies on the "device".
+
+    Raises:
+        ValueError: If the system does not say how much is free.
+    """
+    host = _free_host_bytes()
+    if torch.device(device).type == "cpu":
+        return "device" if size <= host / 2 else "disk"
+    if size <= torch.cuda.mem_get_info(device)[0] / 2:
+        return "device"
+    return "host" if size <= host / 2 else "disk"
+
+
+def _free_host_bytes() -> int:
+    facts = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s*(\d+) kB", facts.read_text() if facts.is_file() else "", re.MULTILINE)
+    if found is None:
+        raise ValueError('location="auto" needs /proc/meminfo, which this system does not have: choose one')
+    return 1024 * int(found[1])
+
+
 class Fetch:
     """Chunks on their way to the device, for places `[B, C, K]` of a slab.
 
@@ -310,36 +336,91 @@ class ParallelMemory:
         return keys.transpose(1, 2), values.transpose(1, 2), chunks_BCK
 
 
+class ChunkStore:
+    """A slab with the landmarks of its chunks, and who has places in it.
+
+    Several memories may share a store: each takes new places behind all that any of them has.
+    """
+
+    def __init__(self, slab: DeviceSlab | HostSlab, landmarks_ND: torch.Tensor):
+        self.slab, self.landmarks = slab, landmarks_ND
+        self.lock = threading.Lock()
+        self.memories = weakref.WeakSet()
+
+    @property
+    def used(self) -> int:
+        """Places up to the last one that somebody has."""
+        return max([self.slab.frozen, *(memory.high for memory in self.memories)])
+
+    def reserve(self, places: int) -> None:
+        self.slab.reserve(places)
+        self.landmarks = _grown(self.landmarks, places, dim=0)
+
+
 class ChunkMemory:
     """The chunks of B rows.
 
     Args:
-        location: Where keys and values lie: `"device"`, `"host"` (pinned where there is a GPU) or `"disk"`.
+        location: Where keys and values lie: `"device"`, `"host"` (pinned where there is a GPU), `"disk"`, or `"auto"`:
+            the first of them with room, once it is known how many chunks there will be (:func:`roomy_location`).
         folder: For `"disk"`, where the file is made; the system's temporary folder by default.
         search: How landmarks are searched: `"exact"`, on the device, or `"faiss"` (extra `faiss`), as exact, but on
             the CPU and with the landmarks in host memory.
     """
 
     def __init__(self, location: str = "device", folder: str | os.PathLike | None = None, search: str = "exact"):
-        if location not in LOCATIONS:
-            raise ValueError(f"location must be one of {LOCATIONS}, got {location!r}")
-        if folder is not None and location != "disk":
-            raise ValueError(f'folder needs location="disk", got location={location!r}')
+        if location not in (*LOCATIONS, "auto"):
+            raise ValueError(f"location must be one of {(*LOCATIONS, 'auto')}, got {location!r}")
+        if folder is not None and location not in ("disk", "auto"):
+            raise ValueError(f'folder needs location="disk" or "auto", got location={location!r}')
         self.location, self.folder, self.search = location, folder, search
-        self.slab = self.landmarks = self.table = None
+        self.store: ChunkStore | None = None
+        self.table = None
         # what `find_with_faiss` keeps: an index a row, made anew where it is missing
         self.indexes: list = []
-        self.used = 0
+        # one past the last place that is this memory's
+        self.high = 0
         self.counts: list[int] = []
 
-    def begin(self, rows: int, chunk_shape: tuple[int, ...], landmark_width: int, dtype, device) -> None:
-        """Set up an empty memory of `rows` rows; chunks are `[2, G, S, D]`."""
+    @property
+    def slab(self) -> DeviceSlab | HostSlab | None:
+        return None if self.store is None else self.store.slab
+
+    @property
+    def landmarks(self) -> torch.Tensor | None:
+        return None if self.store is None else self.store.landmarks
+
+    @property
+    def used(self) -> int:
+        return 0 if self.store is None else self.store.used
+
+    def begin(
+        self, rows: int, chunk_shape: tuple[int, ...], landmark_width: int, dtype, device, expected: int = 0
+    ) -> None:
+        """Set up an empty memory of `rows` rows; chunks are `[2, G, S, D]`, about `expected` of them for `"auto"`."""
+        if self.location == "auto":
+            self.location = roomy_location(expected * int(np.prod(chunk_shape)) * dtype.itemsize, device)
         options = {"folder": self.folder} if self.location == "disk" else {}
-        self.slab = SLABS[self.location](chunk_shape, dtype, device, **options)
+        slab = SLABS[self.location](chunk_shape, dtype, device, **options)
         landmark_device = "cpu" if self.search == "faiss" else device
-        self.landmarks = torch.empty((0, landmark_width), dtype=dtype, device=landmark_device)
+        self._join(ChunkStore(slab, torch.empty((0, landmark_width), dtype=dtype, device=landmark_device)))
         self.table = torch.zeros((rows, 0), dtype=torch.long, device=device)
-        self.indexes, self.used, self.counts = [None] * rows, 0, [0] * rows
+        self.indexes, self.high, self.counts = [None] * rows, 0, [0] * rows
+
+    def _join(self, store: ChunkStore) -> None:
+        self.store = store
+        store.memories.add(self)
+
+    def fork(self) -> "ChunkMemory":
+        """Return a memory of the same chunks that goes on by itself; nothing is copied but the table of places."""
+        twin = ChunkMemory(self.location, self.folder, self.search)
+        if self.store is not None:
+            with self.store.lock:
+                twin.high = self.high
+                twin._join(self.store)
+            twin.table, twin.counts = self.table.clone(), list(self.counts)
+            twin.indexes = [None] * len(self.counts)
+        return twin
 
     def reserve(self, new: list[int]) -> None:
         """Make room for `new[b]` chunks of each row, before anything changes.
@@ -347,21 +428,26 @@ class ChunkMemory:
         Raises:
             OSError: If there is no space left on the disk; nothing is lost.
         """
-        self.slab.reserve(self.used + sum(new))
-        self.landmarks = _grown(self.landmarks, self.used + sum(new), dim=0)
+        with self.store.lock:
+            self.store.reserve(self.used + sum(new))
         longest = max(held + more for held, more in zip(self.counts, new, strict=True))
         self.table = _grown(self.table, longest, dim=1)
 
     def append(self, chunks: torch.Tensor, landmarks_ND: torch.Tensor, new: list[int]) -> None:
         """Add chunks `[sum(new), 2, G, S, D]` that stand row after row."""
         total = sum(new)
-        self.slab.write(self.used, chunks)
-        self.landmarks[self.used : self.used + total] = landmarks_ND.to(self.landmarks.device)
+        with self.store.lock:
+            place = self.used
+            # another one of the store may have taken what was reserved
+            self.store.reserve(place + total)
+            self.slab.write(place, chunks)
+            self.landmarks[place : place + total] = landmarks_ND.to(self.landmarks.device)
+            self.high = place + total
         for row, more in enumerate(new):
             held = self.counts[row]
-            self.table[row, held : held + more] = torch.arange(self.used, self.used + more, device=self.table.device)
+            self.table[row, held : held + more] = torch.arange(place, place + more, device=self.table.device)
             self.counts[row] += more
-            self.used += more
+            place += more
 
     def fill(self, pieces: Iterable[torch.Tensor], landmarks_ND, table_BN, counts: list[int]) -> None:
         """Fill an empty memory: chunks in pieces, landmarks and table as :meth:`compact` returns them."""
@@ -369,9 +455,9 @@ class ChunkMemory:
         for piece in pieces:
             self.slab.write(place, piece)
             place += len(piece)
-        self.landmarks = landmarks_ND.to(self.landmarks.device)
+        self.store.landmarks = landmarks_ND.to(self.landmarks.device)
         self.table = table_BN.to(self.table.device)
-        self.used, self.counts = len(landmarks_ND), list(counts)
+        self.high, self.counts = len(landmarks_ND), list(counts)
 
     def compact(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the places that rows still refer to, ascending; their landmarks; and the table in terms of them."""
@@ -426,7 +512,7 @@ class ChunkMemory:
 
     def row_landmarks(self, start: int, stop: int) -> torch.Tensor:
         """Return landmarks start..stop-1 of every row, `[B, stop - start, D]`."""
-        if self.counts == [self.used]:
+        if self.counts == [self.high]:
             # a single row that owns every place
             return self.landmarks[None, start:stop]
         return self.landmarks[self.table[:, start:stop].to(self.landmarks.device)]
@@ -475,7 +561,7 @@ class ChunkMemory:
             return
         self.counts = [held - fewer for held, fewer in zip(self.counts, chunks, strict=True)]
         last = [self.table[row, held - 1] for row, held in enumerate(self.counts) if held]
-        self.used = max([self.slab.frozen, *(int(place) + 1 for place in last)])
+        self.high = max([self.slab.frozen, *(int(place) + 1 for place in last)])
         self.indexes = [None] * len(self.counts)
 
     def device_bytes(self) -> int:

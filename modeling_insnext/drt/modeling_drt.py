@@ -267,6 +267,7 @@ class DrtModel(DrtPreTrainedModel):
         config = self.config
         chunk_shape = (2, config.memory_heads, config.chunk_size, config.head_dim)
         width = config.hidden_size if self.retriever is None else self.retriever.landmark_width
+        past.expect(embeds.shape[1])
         past.begin(len(embeds), chunk_shape, width, embeds.dtype, embeds.device)
         if self.retriever is not None:
             past.memory.reserve(layout.chunks_completed)

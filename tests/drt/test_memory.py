@@ -290,7 +290,7 @@ def test_a_saved_extent_is_never_written(tmp_path):
     slab = DiskSlab(CHUNK, torch.float64, "cpu", tmp_path)
     slab.map_saved(path, 0, 10)
     memory = filled_memory("disk", [10], folder=tmp_path)
-    memory.slab = slab
+    memory.store.slab = slab
     memory.forget([4])
     # its places are not free again
     assert memory.used == 10
