@@ -1,6 +1,7 @@
 """Make the corpus of drt-mini: a small byte-level BPE tokenizer and whole books as one long row of token ids.
 
     python examples/checkpoints/prepare_books.py --data_dir DATA --output_dir data/books
+    python examples/checkpoints/prepare_books.py --data_dir DATA --output_dir data/smol --tokenizer FOLDER
 
 DATA holds `books/train.jsonl.gz` and `books/valid.jsonl.gz`, one JSON object a line with `text` (a paragraph a line)
 and `children` (books for children come first). Written to the output folder, each file under a temporary name first:
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from prepare_corpus import plain, read_rows, train_tokenizer
-from transformers import HfArgumentParser
+from transformers import AutoTokenizer, HfArgumentParser
 
 
 TOKENIZER_PARAGRAPHS = 20_000
@@ -25,6 +26,7 @@ TOKENIZER_PARAGRAPHS = 20_000
 class Arguments:
     data_dir: str = field(metadata={"help": "Folder with books/."})
     output_dir: str = field(default="data/books", metadata={"help": "Folder for tokenizer/, train.npy and valid.npy."})
+    tokenizer: str | None = field(default=None, metadata={"help": "A tokenizer to take instead of a new one."})
     vocab_size: int = field(default=1024, metadata={"help": "Vocabulary, the four special tokens included."})
     max_characters: int = field(default=40_000_000, metadata={"help": "Characters of the training books."})
     seed: int = field(default=0, metadata={"help": "Chooses the books and the tokenizer's paragraphs."})
@@ -62,9 +64,14 @@ def main(arguments: Arguments) -> None:
         raise ValueError(f"vocab_size must be in (260, 65536], bytes and 16-bit ids, got {arguments.vocab_size}")
     folder, output = Path(arguments.data_dir) / "books", Path(arguments.output_dir)
     train = take(read_books(folder / "train.jsonl.gz", arguments.seed), arguments.max_characters)
-    paragraphs = [line for book in train for line in book.split("\n")]
-    paragraphs = random.Random(arguments.seed).sample(paragraphs, min(TOKENIZER_PARAGRAPHS, len(paragraphs)))
-    tokenizer = train_tokenizer(paragraphs, arguments.vocab_size)
+    if arguments.tokenizer is not None:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        if len(tokenizer) > 65536 or tokenizer.eos_token_id is None:
+            raise ValueError(f"a tokenizer must have an EOS and at most 65536 ids, got {arguments.tokenizer}")
+    else:
+        paragraphs = [line for book in train for line in book.split("\n")]
+        paragraphs = random.Random(arguments.seed).sample(paragraphs, min(TOKENIZER_PARAGRAPHS, len(paragraphs)))
+        tokenizer = train_tokenizer(paragraphs, arguments.vocab_size)
     tokenizer.model_max_length = 1 << 24
     tokenizer.save_pretrained(output / "tokenizer")
     for name, books in (("train", train), ("valid", read_books(folder / "valid.jsonl.gz", arguments.seed))):
