@@ -59,6 +59,14 @@ setup(
             "ruff",
             "vulture",
         ],
-        "outside": ["bitsandbytes", "lm-eval", "parameterized", "sentence-transformers", "torchao", "trl"],
+        "outside": [
+            "bitsandbytes",
+            "lm-eval",
+            "parameterized",
+            "playwright",
+            "sentence-transformers",
+            "torchao",
+            "trl",
+        ],
     },
 )

@@ -6,6 +6,7 @@ from .asked import Asked, data, stream
 from .engine import Engine
 from .errors import refused
 from .job import Event, Insertion, Job, Row, Settings
+from .model import CHECKPOINTS
 from .openai_api import REASONS, check_model, samplers, usage
 from .schema import CanvasRequest, check_most, read
 from .texts import Marks
@@ -17,8 +18,16 @@ def make_router(engine: Engine) -> APIRouter:
 
     @router.get("/v1/limits")
     async def limits():
-        most = engine.limits
-        return {"model": engine.name, "inserts": engine.inserts, "max_tokens": most.max_tokens, "gaps": most.gaps}
+        most, ours = engine.limits, CHECKPOINTS / engine.name
+        return {
+            "model": engine.name,
+            "inserts": engine.inserts,
+            "max_tokens": most.max_tokens,
+            "gaps": most.gaps,
+            # where who has this repository finds it
+            "folder": f"examples/checkpoints/{engine.name}" if ours.is_dir() else engine.name,
+            "adapter": (ours / "adapter_config.json").is_file(),
+        }
 
     @router.post("/v1/canvas")
     async def canvas(request: Request):
@@ -101,8 +110,8 @@ def answer(engine: Engine, job: Job) -> dict:
 def shown_tokens(engine: Engine, row: Row) -> list[dict]:
     """Return the tokens of a text from left to right, BOS left out; `step` 0 is given."""
     tokens = []
-    for token, origin in list(zip(row.tokens, row.origin, strict=True))[row.prepared.bos :]:
-        shown = {"id": token, "text": engine.pieces[token], "step": 0}
+    for token, piece, origin in list(zip(row.tokens, row.pieces, row.origin, strict=True))[row.prepared.bos :]:
+        shown = {"id": token, "text": piece, "step": 0}
         if origin >= 0:
             shown |= {"step": row.written[origin].step, **likelihood(engine, row.written[origin])}
         tokens.append(shown)

@@ -21,7 +21,7 @@ from transformers.generation import (
 
 from .errors import ApiError
 from .job import Event, Job, Row, Settings
-from .texts import LEAST_CONTEXT, stacked
+from .texts import LEAST_CONTEXT, pieces_of, stacked
 from .watch import Watch
 
 
@@ -206,6 +206,7 @@ class Engine:
                 for row, count in zip(rows, output.encoded_tokens.tolist(), strict=True):
                     row.encoded_tokens = count
         for row in rows:
+            row.pieces = pieces_of(self.tokenizer, row.tokens, self.pieces)
             if row.finish is None:
                 row.finish = "length"
                 row.job.tell(Event("row", row))

@@ -84,6 +84,9 @@ class Row:
         written: What was written, in order.
         finish: Why it ended: "stop" (by itself), "word" (a stop string), "length"; None while it grows.
         text: What was written as a client gets it: between prompt and suffix, or the whole text of a canvas.
+        pieces: The text of each token, when all is written.
+        reencoded: After which steps EBR struck, and how many tokens it encoded.
+        encoded_tokens: Tokens that went through the network.
         started: `time.monotonic()` of the first token.
     """
 
@@ -95,6 +98,7 @@ class Row:
         self.finish: str | None = None
         self.text, self.stop_word, self.shown = "", "", 0
         self.started = time.monotonic()
+        self.pieces: list[str] = []
         self.reencoded: tuple[list[int], list[int]] = ([], [])
         self.encoded_tokens: int | None = None
 

@@ -219,6 +219,25 @@ def _decode(tokenizer, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
+def pieces_of(tokenizer, ids: list[int], pieces: list[str]) -> list[str]:
+    """Return the text of each token such that all of them make the text.
+
+    Of tokens that are parts of characters the last one has the characters, the others nothing.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        ids: A text.
+        pieces: What each token of the vocabulary is decoded to alone.
+    """
+    texts, start = [pieces[index] for index in ids], 0
+    for end in range(1, len(ids) + 1):
+        if "\ufffd" not in texts[end - 1]:
+            start = end
+        elif end == len(ids) or "\ufffd" not in texts[end]:
+            texts[start:end] = [*[""] * (end - start - 1), _decode(tokenizer, ids[start:end])]
+    return texts
+
+
 def cut_place(text: str, stops: tuple[str, ...], indent: int) -> tuple[int | None, str]:
     """Return where a text is cut, and the stop string there: before the first one, or a line indented too little."""
     places = [(text.index(stop), stop) for stop in stops if stop in text]

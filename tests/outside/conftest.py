@@ -1,11 +1,13 @@
 """Files here need packages that `make test` does not install; a file is left out where one is absent."""
 
+import shutil
 from importlib.util import find_spec
 
 import pytest
 
 
 NEEDS = {
+    "test_page.py": ("playwright",),
     "test_peft_suite.py": ("parameterized", "peft"),
     "test_quantisation.py": ("torchao", "bitsandbytes"),
     "test_sentence_transformers.py": ("sentence_transformers",),
@@ -17,6 +19,10 @@ NEEDS = {
 MARKERS = ("accelerate_tests", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "torch_compile_test")
 
 collect_ignore = [file for file, packages in NEEDS.items() if not all(map(find_spec, packages))]
+# Debian's; the package of Playwright brings none
+BROWSER = shutil.which("chromium")
+if BROWSER is None:
+    collect_ignore.append("test_page.py")
 
 
 def pytest_configure(config):

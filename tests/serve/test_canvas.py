@@ -52,6 +52,15 @@ def test_it_is_what_generate_writes(url, engine):
     assert answer["encoded_tokens"] == int(output.encoded_tokens[0])
 
 
+def test_texts_of_tokens_make_the_text(url, engine):
+    """A character of several bytes is several tokens here, each of which would be decoded to � alone."""
+    answer = canvas(url, text="caf\u00e9 \u2615\u2615 ___{1} sea", max_tokens=1)
+    texts = [token["text"] for token in answer["tokens"]]
+    assert "".join(texts).removeprefix(" ") == answer["text"]
+    assert "caf\u00e9 \u2615\u2615" in answer["text"]
+    assert any("\ufffd" in engine.pieces[token["id"]] for token in answer["tokens"])
+
+
 def test_bounds_of_gaps_hold(url):
     written = [token["step"] > 0 for token in canvas(url, **ASKED)["tokens"]]
     assert 3 <= sum(written) <= 4
