@@ -5,9 +5,10 @@ from .contexts import ContextMixture
 from .keywords import inflections, keyword_spans
 from .orders import ORDERS, Order, OrderMixture, TargetKind, gap_indices, get_mixture, get_order
 from .passes import Passes, Shuffled
+from .programs import insertion_steps
 from .sentences import split_sentences
 from .text_file import load_texts, save_texts
-from .units import UnitText, cut_text, rarity_table, sentence_end_table, word_start_table
+from .units import UnitText, cut_text, piece_table, rarity_table, sentence_end_table, word_start_table
 
 
 __all__ = [
@@ -27,7 +28,9 @@ __all__ = [
     "get_order",
     "inflections",
     "keyword_spans",
+    "insertion_steps",
     "load_texts",
+    "piece_table",
     "rarity_table",
     "save_texts",
     "sentence_end_table",

@@ -58,6 +58,7 @@ class InsertionCollator:
         word_starts: Boolean table over the vocabulary, see `units.word_start_table`; None makes every token a unit.
         sentence_ends: Boolean table over the vocabulary, for the order `sentence_local`.
         token_rarity: Float table over the vocabulary, for keywords by rarity.
+        pieces: What each entry of the vocabulary says, see `units.piece_table`; for the order `program_lines`.
         bos_token_id: Put in front of texts that do not begin with it.
         eos_token_id: Taken off the end of texts that end with it: STOP says it.
         pack_to: Fill rows of that many tokens with whole texts, first fit.
@@ -80,6 +81,7 @@ class InsertionCollator:
     word_starts: np.ndarray | None = None
     sentence_ends: np.ndarray | None = None
     token_rarity: np.ndarray | None = None
+    pieces: Sequence[bytes] | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pack_to: int | None = None
@@ -166,7 +168,7 @@ class InsertionCollator:
             flags = {name: values[:limit] for name, values in flags.items()}
         self._refuse_special(tokens, flags.get("given"))
         tables = (self.word_starts, self.sentence_ends, flags.get("given"), flags.get("keywords"), self.token_rarity)
-        return cut_text(tokens, *tables), complete
+        return cut_text(tokens, *tables, self.pieces), complete
 
     def _normalize(self, tokens: np.ndarray, flags: dict) -> tuple[np.ndarray, dict]:
         """Put BOS in front, take EOS off the end, and move the flags along."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..insnext.supervision import TargetKind
+from .programs import draw_lines
 from .units import UnitText
 
 
@@ -224,5 +225,6 @@ ORDERS = {
         Order("keyword_first", _keyword_first, _keyword_first_kinds),
         Order("gap_left_to_right", _gap_left_to_right, _gap_kinds),
         Order("sentence_local", _sentence_local, _sentence_kinds),
+        Order("program_lines", draw_lines),
     )
 }

@@ -11,7 +11,7 @@ The tables over a vocabulary are computed once per tokenizer; a text is then cut
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,7 @@ class UnitText:
         given: True for tokens that the caller supplies, whole units, `[T]`; None stands for BOS alone.
         keywords: True for units that are keywords, `[U]`, or None where unknown.
         rarity: Score of each unit, high for rare ones, `[U]`, or None where unknown.
+        pieces: What each token says, T byte strings that are the text together, or None where unknown.
 
     Raises:
         ValueError: If the text is empty, a shape is wrong, or a unit is given in part.
@@ -46,6 +47,7 @@ class UnitText:
     given: np.ndarray | None = None
     keywords: np.ndarray | None = None
     rarity: np.ndarray | None = None
+    pieces: list[bytes] | None = None
 
     def __post_init__(self):
         if len(self.tokens) == 0:
@@ -62,6 +64,8 @@ class UnitText:
                 raise ValueError(f"{name} needs one entry per unit, {self.num_units}, got {len(scores)}")
         if self.given is not None and (self.given != self.given[self.first_tokens][self.unit_of]).any():
             raise ValueError("given must cover whole units, got a unit that is given in part")
+        if self.pieces is not None and len(self.pieces) != len(self.tokens):
+            raise ValueError(f"pieces needs one entry per token, {len(self.tokens)}, got {len(self.pieces)}")
 
     @property
     def num_units(self) -> int:
@@ -103,6 +107,7 @@ def cut_text(
     given: np.ndarray | None = None,
     keywords: np.ndarray | None = None,
     token_rarity: np.ndarray | None = None,
+    pieces: Sequence[bytes] | None = None,
 ) -> UnitText:
     """Cut a tokenized text into units.
 
@@ -117,6 +122,7 @@ def cut_text(
         given: True for tokens that the caller supplies, `[T]`; BOS is given whatever it says.
         keywords: True for tokens of keywords, `[T]`.
         token_rarity: Float table over the vocabulary, `[V]`.
+        pieces: What each entry of the vocabulary says, see `piece_table`.
 
     Raises:
         ValueError: If the text is empty, flags do not match it in length, or a token lies outside a table.
@@ -126,7 +132,7 @@ def cut_text(
     for name, flags in (("given", given), ("keywords", keywords)):
         if flags is not None and len(flags) != len(tokens):
             raise ValueError(f"{name} needs one flag per token, {len(tokens)}, got {len(flags)}")
-    for table in (word_starts, sentence_ends, token_rarity):
+    for table in (word_starts, sentence_ends, token_rarity, pieces):
         if table is not None and (tokens.min() < 0 or tokens.max() >= len(table)):
             raise ValueError(f"token ids must be in [0, {len(table)}), got {tokens.min()} to {tokens.max()}")
     starts = np.ones(len(tokens), dtype=bool) if word_starts is None else word_starts[tokens]
@@ -148,6 +154,7 @@ def cut_text(
         given=given,
         keywords=None if keywords is None else np.logical_or.reduceat(keywords.astype(bool), first),
         rarity=None if token_rarity is None else np.maximum.reduceat(token_rarity[tokens], first),
+        pieces=None if pieces is None else [pieces[token] for token in tokens],
     )
 
 
@@ -185,6 +192,19 @@ def sentence_end_table(tokenizer: Any, ends: str = SENTENCE_ENDS) -> np.ndarray:
     table = np.array([_plain(piece, style).rstrip(CLOSING_MARKS).endswith(tuple(ends)) for piece in pieces])
     table[_special_ids(tokenizer, len(pieces))] = False
     return table
+
+
+def piece_table(tokenizer: Any) -> list[bytes]:
+    """Return what each entry of the vocabulary says, V byte strings: joined, they are the text; special tokens: none.
+
+    Raises:
+        ValueError: If the vocabulary is neither byte-level nor sentencepiece: WordPiece keeps no line feeds.
+    """
+    pieces, style = _vocabulary(tokenizer)
+    if style == "##":
+        raise ValueError("a WordPiece vocabulary keeps no white space, so the text of its tokens is not known")
+    special = set(tokenizer.all_special_ids)
+    return [b"" if index in special else _said(piece, style) for index, piece in enumerate(pieces)]
 
 
 def rarity_table(texts: Iterable[Iterable[int]], vocab_size: int) -> np.ndarray:
@@ -226,11 +246,20 @@ def _plain(piece: str, style: str) -> str:
     if style == "Ġ":
         if any(char not in _BYTE_OF for char in piece):
             return piece
-        return bytes(_BYTE_OF[char] for char in piece).decode("utf-8", errors="replace").lstrip(" ")
-    byte = BYTE_PIECE.fullmatch(piece)
-    if byte:
-        return bytes([int(byte[1], 16)]).decode("utf-8", errors="replace")
+        return _said(piece, style).decode("utf-8", errors="replace").lstrip(" ")
+    if style == "▁" and BYTE_PIECE.fullmatch(piece):
+        return _said(piece, style).decode("utf-8", errors="replace")
     return piece.removeprefix(style)
+
+
+def _said(piece: str, style: str) -> bytes:
+    """Return the bytes that an entry of a byte-level or sentencepiece vocabulary stands for."""
+    if style == "Ġ":
+        known = all(char in _BYTE_OF for char in piece)
+        return bytes(_BYTE_OF[char] for char in piece) if known else piece.encode()
+    byte = BYTE_PIECE.fullmatch(piece)
+    # "▁" is a space wherever it stands
+    return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
 
 
 def _begins_with_punctuation(plain: str) -> bool:

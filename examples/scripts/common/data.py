@@ -11,7 +11,14 @@ import datasets
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets.exceptions import DatasetGenerationError
 
-from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, sentence_end_table, word_start_table
+from modeling_insnext.data import (
+    ContextMixture,
+    InsertionCollator,
+    piece_table,
+    rarity_table,
+    sentence_end_table,
+    word_start_table,
+)
 
 from .arguments import DataArguments, InsertionArguments, ModelArguments, data_format, json_object
 
@@ -188,6 +195,7 @@ def insertion_collator(args: InsertionArguments, tokenizer, texts, contexts: dic
         word_starts=word_start_table(tokenizer),
         sentence_ends=sentence_end_table(tokenizer),
         token_rarity=rarity_table((text["input_ids"] for text in texts), len(tokenizer)) if rare else None,
+        pieces=piece_table(tokenizer) if "program_lines" in order else None,
         context_step_weight=3.0 if args.context_step_weight is None else args.context_step_weight,
         seed=training.seed if training.data_seed is None else training.data_seed,
         **options,
