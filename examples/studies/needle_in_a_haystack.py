@@ -10,13 +10,19 @@ of whole answers, every token greedily right; `published` scores as DRT's author
 value, the last one of a chain given the others. Every figure comes with n and its 95 % Wilson interval. Chunk memory
 may lie in host memory or in a file (`--location`). A haystack shorter than the text is repeated.
 
+    python examples/studies/needle_in_a_haystack.py --models memory=runs/merged --haystack books/valid.jsonl.gz \
+        --kinds word_passkey word_multi_key word_variable_tracking --depths 0 0.25 0.5 0.75 1 \
+        --word_options '{"variable_tracking": {"hops": 1}}' --lengths 2048 8192 32768 131072 --samples 50
+
+Kinds that begin with `word_` hide sentences (modeling_insnext.tasks.word_needles) in books, essays, code or `noise`,
+and have no published score. `--depths` takes the samples of a length through a grid of places in turn.
+
 Models without retrieval see a window a layer and nothing else: they read only the end of the text that they can see.
 """
 
 import json
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -26,14 +32,31 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from modeling_insnext import ChunkMemoryCache
-from modeling_insnext.tasks import NEEDLE_KINDS, NeedleTally, NeedleTask, draw_needles, needle_scores
+from modeling_insnext.tasks import (
+    NEEDLE_KINDS,
+    NeedleTally,
+    NeedleTask,
+    WordNeedleTask,
+    draw_needles,
+    needle_scores,
+    read_haystack,
+)
 
 
 @dataclass
 class Arguments:
     models: list[str] = field(metadata={"help": "name=folder, one or more; the first one's tokenizer is used."})
-    haystack: str = field(metadata={"help": "Token ids, .npy (prepare_books.py), or a text file to tokenise."})
-    kinds: list[str] = field(default_factory=lambda: list(NEEDLE_KINDS))
+    haystack: str = field(metadata={"help": "Token ids, .npy, texts, .txt or .jsonl, also as .gz, or noise."})
+    kinds: list[str] = field(
+        default_factory=lambda: list(NEEDLE_KINDS), metadata={"help": "Also word_passkey and so on."}
+    )
+    word_options: str = field(
+        default="{}",
+        metadata={"help": "Options of WordNeedleTask by its kinds, JSON: hops, num_digits, num_noise, ..."},
+    )
+    depths: list[float] | None = field(
+        default=None, metadata={"help": "Where needles in words stand, 0 to 1, by turns; default: anywhere."}
+    )
     lengths: list[int] = field(default_factory=lambda: [1024, 4096, 16384], metadata={"help": "Tokens a text."})
     samples: list[int] = field(
         default_factory=lambda: [100], metadata={"help": "Texts a length: one number, or one each."}
@@ -59,15 +82,9 @@ def load(argument: str):
     return name, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval(), folder
 
 
-def read_haystack(path: str, tokenizer) -> np.ndarray:
-    if path.endswith(".npy"):
-        return np.load(path, mmap_mode="r")
-    return np.array(tokenizer(Path(path).read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"])
-
-
 def visible(config, ids: torch.Tensor) -> torch.Tensor:
-    """Return the end of the text that can reach its last token: all of it with retrieval or full attention."""
-    if config.retrieval_groups or config.sliding_window is None:
+    """Return the end of the text that can reach its last token: all of it with retrieval, full attention or sinks."""
+    if config.retrieval_groups or config.sliding_window is None or config.num_sink_tokens:
         return ids
     return ids[:, -config.num_hidden_layers * (config.sliding_window - 1) - 1 :]
 
@@ -87,20 +104,46 @@ def last_logits(model, samples: list, arguments: Arguments) -> torch.Tensor:
     return model(ids[:, end:], past_key_values=past).logits.float().cpu()
 
 
-def evaluate(model, task, haystack, length: int, count: int, arguments: Arguments, progress) -> dict:
-    tally = NeedleTally()
+def make_tasks(kind: str, model, tokenizer, arguments: Arguments) -> list:
+    """Return the task of a kind, for needles in words one for each depth."""
+    chunk_size = model.config.chunk_size
+    if kind.startswith("word_"):
+        kind = kind.removeprefix("word_")
+        options = json.loads(arguments.word_options).get(kind, {})
+        depths = arguments.depths or [None]
+        return [WordNeedleTask(kind, tokenizer, chunk_size, depth=depth, **options) for depth in depths]
+    if arguments.depths:
+        raise ValueError(f"depths are for needles in words, got {arguments.depths} and {kind}")
+    options = {"num_ids": arguments.num_ids, "num_noise": arguments.num_noise}
+    return [NeedleTask(kind, tokenizer, chunk_size, id_range=json.loads(arguments.id_range), **options)]
+
+
+def evaluate(model, tasks: list, haystack, length: int, count: int, arguments: Arguments, progress) -> dict:
+    """Ask `count` texts, of the tasks by turns; where there are several, each has its own figures too."""
+    tally, by_task = NeedleTally(), [NeedleTally() for _ in tasks]
     rows = max(1, min(arguments.batch_tokens // length, count))
     start = time.perf_counter()
     for first in range(0, count, rows):
         indices = range(first, min(first + rows, count))
-        samples = [draw_needles(task, haystack, length, index, arguments.seed) for index in indices]
-        for sample, logits in zip(samples, last_logits(model, samples, arguments), strict=True):
-            tally.add(needle_scores(logits, sample))
+        drawn = [tasks[index % len(tasks)] for index in indices]
+        samples = [
+            draw_needles(task, haystack, length, index, arguments.seed)
+            for task, index in zip(drawn, indices, strict=True)
+        ]
+        for index, sample, logits in zip(indices, samples, last_logits(model, samples, arguments), strict=True):
+            scores = needle_scores(logits, sample)
+            tally.add(scores)
+            by_task[index % len(tasks)].add(scores)
         progress.update(len(samples))
-    return {**tally.summary(), "seconds_a_text": (time.perf_counter() - start) / count}
+    cell = {**tally.summary(), "seconds_a_text": (time.perf_counter() - start) / count}
+    if len(tasks) > 1:
+        cell["depths"] = {str(t.depth): one.summary()["exact"] for t, one in zip(tasks, by_task, strict=True)}
+    return cell
 
 
 def in_words(cell: dict) -> str:
+    if not cell["n"]:
+        return "-"
     rate, low, high = (100 * cell[name] for name in ("rate", "low", "high"))
     return f"{rate:.1f} % (n={cell['n']}, {low:.1f}-{high:.1f})"
 
@@ -152,16 +195,10 @@ def main(arguments: Arguments) -> None:
     total = len(models) * len(arguments.kinds) * sum(counts)
     with tqdm(total=total, unit="text") as progress:
         for name, model, _ in models:
-            options = {
-                "chunk_size": model.config.chunk_size,
-                "num_ids": arguments.num_ids,
-                "num_noise": arguments.num_noise,
-                "id_range": json.loads(arguments.id_range),
-            }
             for kind in arguments.kinds:
-                task = NeedleTask(kind, tokenizer, **options)
+                tasks = make_tasks(kind, model, tokenizer, arguments)
                 for length, count in zip(arguments.lengths, counts, strict=True):
-                    cell = evaluate(model, task, haystack, length, count, arguments, progress)
+                    cell = evaluate(model, tasks, haystack, length, count, arguments, progress)
                     results.setdefault(name, {}).setdefault(kind, {})[str(length)] = cell
                     progress.write(f"{name} {kind} {length:,}: {in_words(cell['exact'])}")
     report = {
