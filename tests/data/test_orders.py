@@ -25,7 +25,7 @@ NUM_DRAWS = 1500
 
 
 def make_text(lengths, given_units, sentences=None, keywords=None, rarity=None):
-    """A text whose units have these lengths; tokens are numbered from 1 on."""
+    """A text whose units have these lengths and, as a program, a line each; tokens are numbered from 1 on."""
     starts = np.concatenate([np.arange(n) == 0 for n in lengths])
     return UnitText(
         np.arange(1, len(starts) + 1),
@@ -34,6 +34,7 @@ def make_text(lengths, given_units, sentences=None, keywords=None, rarity=None):
         given=np.repeat(np.array(given_units, dtype=bool), lengths),
         keywords=None if keywords is None else np.array(keywords, dtype=bool),
         rarity=None if rarity is None else np.array(rarity, dtype=float),
+        pieces=[b"\nx" if start else b"x" for start in starts],
     )
 
 
@@ -72,6 +73,8 @@ def enumerate_order(name, text):
         return [tuple(tree(missing))]
     return {
         "uniform": lambda: list(itertools.permutations(missing)),
+        # every line is a statement
+        "program_lines": lambda: list(itertools.permutations(missing)),
         "left_to_right": lambda: [tuple(missing)],
         "gap_left_to_right": lambda: list(grouped(runs(missing), True, False)),
     }[name]()
