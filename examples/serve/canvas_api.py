@@ -70,6 +70,7 @@ def job_fields(engine: Engine, asked: CanvasRequest) -> dict:
         "sources": [source_of(engine, asked)],
         "seed": asked.seed,
         "pieces": "insertions" if asked.stream else None,
+        "traced": True,
         "tops": asked.alternatives,
     }
 

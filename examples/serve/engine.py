@@ -209,9 +209,10 @@ class Engine:
             row.pieces = pieces_of(self.tokenizer, row.tokens, self.pieces)
             if row.finish is None:
                 row.finish = "length"
-                row.job.tell(Event("row", row))
+                row.job.end(row)
         for job in jobs:
-            job.tell(Event("finished", job.rows[0]))
+            if job.traced:
+                job.tell(Event("finished", job.rows[0]))
 
     def _write(self, rows: list[Row], settings: Settings, watch: Watch, seed: int | None):
         """Write one batch, and tell its jobs through the watch."""

@@ -152,6 +152,7 @@ class Job:
         seed: None: the job may share a batch with others.
         cuts: What ends a text early.
         pieces: Whether to tell the text as it becomes final, or each insertion.
+        traced: Whether to wait for what `generate` returns: which steps encoded anew, and how much.
         tops: How many alternatives of each token to keep; None: no log p either.
     """
 
@@ -163,6 +164,7 @@ class Job:
     seed: int | None = None
     cuts: Cuts = Cuts()
     pieces: str | None = None
+    traced: bool = False
     tops: int | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     rows: list[Row] = field(default_factory=list)
@@ -185,6 +187,12 @@ class Job:
     def completion_tokens(self) -> int:
         """Tokens written in all rows."""
         return sum(len(row.written) for row in self.rows)
+
+    def end(self, row: Row) -> None:
+        """Tell that a row has ended, and if it was the last one that the job has, though others may still write."""
+        self.tell(Event("row", row))
+        if not self.traced and all(one.finish is not None for one in self.rows):
+            self.tell(Event("finished", row))
 
     def fail(self, error: ApiError) -> None:
         """Tell that nothing (more) comes."""

@@ -91,7 +91,7 @@ class Watch:
                 job.tell(Event("piece", row, row.text[row.shown :], row.written[-1] if wrote else None))
                 row.shown = len(row.text)
         if row.finish is not None:
-            job.tell(Event("row", row))
+            job.end(row)
 
     def _is_late(self, row: Row) -> bool:
         """Whether a row that has a line may write no longer."""

@@ -10,6 +10,10 @@ from urllib.parse import urlparse
 import pytest
 
 from examples.serve.engine import Engine
+from examples.serve.job import Cuts, Job, Settings
+from examples.serve.openai_api import job_fields
+from examples.serve.schema import Completion
+from examples.serve.texts import Around
 from tests.support.serving import post, served, tiny_engine
 
 
@@ -133,16 +137,31 @@ def test_what_waits_too_long_is_told_so_and_what_writes_too_long_ends():
 
 def test_what_waits_when_the_server_ends_is_told_so():
     engine = tiny_engine()
-    told = []
-    from examples.serve.job import Job
-    from examples.serve.openai_api import job_fields
-    from examples.serve.schema import Completion
-
-    fields = job_fields(engine, Completion(**ASKED))
-    engine.submit(Job(tell=told.append, deadline=time.monotonic() + 60, **fields))
-    engine.start = engine._thread.start
-    engine._serve = lambda: None
-    engine._thread = threading.Thread(target=lambda: None)
-    engine._thread.start()
+    slow, told = Slow(engine), []
+    engine.start()
+    for _ in range(2):
+        fields = job_fields(engine, Completion(**ASKED, seed=1))
+        engine.submit(Job(tell=told.append, deadline=time.monotonic() + 60, **fields))
+    assert slow.entered.acquire(timeout=30)
+    threading.Timer(0.2, slow.gate.set).start()
     engine.close()
-    assert [event.kind for event in told] == ["failed"] and told[0].error.status == 503
+    assert [event.error.status for event in told if event.kind == "failed"] == [503]
+    # the one that was being written has its text
+    assert [event.kind for event in told].count("finished") == 1
+
+
+def test_a_text_that_ends_is_answered_while_others_of_its_batch_are_written():
+    engine = tiny_engine(max_tokens=200)
+    told = []
+    settings = Settings(insert=False, max_tokens=60, repetition_penalty=2.0)
+
+    def job(name, stops):
+        def tell(event):
+            told.append((name, event.kind))
+
+        return Job(settings, [Around("the old man")], tell, time.monotonic() + 60, cuts=Cuts(stops))
+
+    # greedy, so both write the same, and only one of them ends early; at one step the first would be told first
+    jobs = [job("long", ()), job("short", tuple("abcdefghijklmnopqrstuvwxyz \n"))]
+    engine._run([each for each in jobs if engine._prepare(each)])
+    assert told.index(("short", "finished")) < told.index(("long", "row"))
