@@ -271,6 +271,18 @@ def test_at_a_drift_of_0_a_document_is_always_fresh_and_without_one_never_again(
     assert patient.drift == 0 and is_its_history(patient, opened(encoding)[1])
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_what_the_model_writes_drifts_and_refreshes_as_what_is_typed(encoding):
+    texts = []
+    for limit in (None, 1e9, 0.0):
+        document, _ = opened(encoding, max_drift=limit)
+        assert document.write(7, max_new_tokens=3, min_new_tokens=3)
+        texts.append(document.text)
+        assert (document.drift > 0) == (limit == 1e9)
+    assert len(set(texts)) == 1
+    assert within_rounding(held(document), held(opened(encoding, document.text)[0]))
+
+
 def test_drift_is_the_relative_change_of_the_token_right_of_the_edit_or_left_at_the_end():
     for at, ends_text in ((7, False), (23, True)):
         document, history = opened("rotary", max_drift=1e9)
