@@ -119,14 +119,14 @@ def test_who_hangs_up_stops_the_writing(stream):
 
 
 def test_what_waits_too_long_is_told_so_and_what_writes_too_long_ends():
-    engine = tiny_engine(seconds=0.2)
+    engine = tiny_engine(seconds=2.0)
     slow = Slow(engine)
     with served(engine) as url, ThreadPoolExecutor(2) as pool:
         first = pool.submit(post, f"{url}/v1/completions", {**ASKED, "seed": 1})
         assert slow.entered.acquire(timeout=30)
         second = pool.submit(post, f"{url}/v1/completions", {**ASKED, "seed": 2})
         waits(lambda: engine.waiting == 1)
-        time.sleep(0.3)
+        time.sleep(2.1)
         slow.gate.set()
         status, body = first.result()
         assert status == 200 and body["choices"][0]["finish_reason"] == "length"
