@@ -31,6 +31,7 @@ MADE_FOR = (
     "num_sink_tokens",
     "landmark_source",
     "retriever",
+    "retrieval_by",
     "self_attention",
     "position_encoding",
 )

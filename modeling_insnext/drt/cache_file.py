@@ -88,6 +88,7 @@ YOUNGER_FIELDS = {
     "cross_attention_layers": None,
     "keys_per_layer": False,
     "gated_retrieval": False,
+    "retrieval_by": "chunk",
 }
 
 

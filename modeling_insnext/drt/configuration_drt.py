@@ -20,6 +20,7 @@ LANDMARK_SLOTS = ("off_by_one", "dropped")
 RESIDUALS = ("bypass", "stream")
 FUSIONS = ("gca", "cca")
 RETRIEVERS = ("learned", "random", "fixed")
+RETRIEVAL_BY = ("chunk", "token")
 SELF_ATTENTIONS = ("window", "landmark")
 POSITION_ENCODINGS = ("alibi", "rope", "learned")
 NORMS = ("rmsnorm", "layernorm")
@@ -88,6 +89,9 @@ class DrtConfig(PreTrainedConfig):
         residual: `"bypass"`: what was retrieved enters the feed-forward only; `"stream"`: also the residual stream.
         fusion: `"gca"`: a softmax inside each chunk, chunks weighted by their retrieval scores; `"cca"`: one softmax
             over the concatenated chunks, scores unused (as in RETRO, arXiv:2112.04426).
+        retrieval_by: Who asks: `"chunk"`, with the state at its end and for the next one, or `"token"`: every token
+            for itself, among the chunks before its own (as in HSA, arXiv:2504.16795, with these weights; not with
+            `retriever="fixed"` or the Triton kernels). It searches for every token.
         cross_attention_layers: How many layers of each group, its first ones, attend to what was retrieved; `None`:
             all.
         keys_per_layer: Whether each of these layers has keys and values of its own in the chunk memory, which grows by
@@ -151,6 +155,7 @@ class DrtConfig(PreTrainedConfig):
     gated_retrieval: bool = False
     fusion: str = "gca"
     retriever: str = "learned"
+    retrieval_by: str = "chunk"
     self_attention: str = "window"
     position_encoding: str = "alibi"
     rope_parameters: dict | None = None
@@ -247,6 +252,7 @@ class DrtConfig(PreTrainedConfig):
             ("residual", RESIDUALS),
             ("fusion", FUSIONS),
             ("retriever", RETRIEVERS),
+            ("retrieval_by", RETRIEVAL_BY),
             ("self_attention", SELF_ATTENTIONS),
             ("position_encoding", POSITION_ENCODINGS),
             ("norm", NORMS),
@@ -254,6 +260,8 @@ class DrtConfig(PreTrainedConfig):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
+        if self.retrieval_by == "token" and self.retriever == "fixed":
+            raise ValueError('retrieval_by="token" needs a query a token, and chunks have one: got retriever="fixed"')
         if self.self_attention == "landmark" and (
             self.sliding_window is not None or self.retrieval_groups or self.landmark_source != "token"
         ):

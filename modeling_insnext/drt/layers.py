@@ -135,6 +135,10 @@ class DrtCrossAttention(nn.Module):
             aligned = indices_BCK.shape[1] * self.config.chunk_length
             query_BHLD = shift_rows(query_BHLD, [-phase for phase in phases], aligned, dim=2)
         grouped = window_backend(self.config).grouped if self.config.fusion == "gca" else None
+        if grouped is not None and self.config.retrieval_by == "token":
+            raise ValueError(
+                f'retrieval_by="token" needs eager, sdpa or flex_attention, got {self.config._attn_implementation}'
+            )
         attend = grouped or FUSED[self.config.fusion]
         off_by_one = self.config.landmark_slot == "off_by_one"
         out_BHLD = attend(query_BHLD, key, value, indices_BCK, weights_BCK.to(query_BHLD.dtype), off_by_one=off_by_one)

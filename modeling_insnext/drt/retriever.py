@@ -1,6 +1,7 @@
 """Which chunks serve which slots: one class for each way of choosing them.
 
-Chunk t asks with the state of its last position for chunks i < t, and what it finds serves chunk t + 1. The weights
+Chunk t asks with the state of its last position for chunks i < t, and what it finds serves chunk t + 1; or every token
+of chunk t asks for itself (`retrieval_by="token"`). The weights
 that a retriever needs belong to the model, under the names that checkpoints have; methods take the model for them.
 
 Shape suffixes: B rows, Q columns, L slots, C chunks that ask, K chunks found, P positions a chunk, D width, W width of
@@ -45,6 +46,14 @@ def chunks_that_ask(layout: Layout, rows: int, device: torch.device) -> Asking:
     return Asking(chunks_BC.expand(rows, -1), slots_BC.expand(rows, -1))
 
 
+def slots_that_ask(layout: Layout, hidden_BLD: torch.Tensor) -> Asking:
+    """Return every slot of a pass, as one that asks among the chunks before the one it is in."""
+    B, L = hidden_BLD.shape[:2]
+    slot_L = torch.arange(L, device=hidden_BLD.device)
+    first_B1 = torch.tensor(layout.first, device=hidden_BLD.device)[:, None]
+    return Asking(((first_B1 + slot_L) // layout.grid.length).expand(B, -1), slot_L.expand(B, -1))
+
+
 class Retriever:
     """What all retrievers share; each says how it asks."""
 
@@ -77,14 +86,14 @@ class Retriever:
         """Return what serves the slots of a group's layers.
 
         Place 0 is what the cache holds for the chunk in progress, place j what this pass finds at the end of the j-th
-        chunk it completes.
+        chunk it completes. Where each token asks for itself, every slot has a place, and nothing is kept.
         """
         B, completed = hidden_BLD.shape[0], layout.chunks_completed
+        if self.config.retrieval_by == "token":
+            return self._retrieve_by_token(model, group, hidden_BLD, layout, memory)
         joined = past.retrieved_for_current(group) if past is not None else None
         if joined is None:
-            wide = torch.promote_types(hidden_BLD.dtype, torch.float32)
-            nothing = torch.full((B, 1, self.config.num_retrieved_chunks), -1, device=hidden_BLD.device)
-            joined = Retrieved(nothing, torch.zeros_like(nothing, dtype=wide))
+            joined = self._none_found(hidden_BLD, 1)
         if max(completed):
             found = self.ask(model, group, hidden_BLD, chunks_that_ask(layout, B, hidden_BLD.device), memory)
             joined = Retrieved(*(torch.cat(pair, 1) for pair in zip(joined, found, strict=True)))
@@ -99,6 +108,21 @@ class Retriever:
         if past is not None:
             past.keep_retrieved(group, joined, completed)
         return Served(key, value, serving.weights_BCK, indices, None if spanned == 1 else layout.phases)
+
+    def _retrieve_by_token(self, model, group: int, hidden_BLD: torch.Tensor, layout: Layout, memory) -> Served:
+        if memory is None or not memory.total:
+            found = self._none_found(hidden_BLD, hidden_BLD.shape[1])
+            key, value, indices = self._nothing(hidden_BLD, found)
+        else:
+            found = self.ask(model, group, hidden_BLD, slots_that_ask(layout, hidden_BLD), memory)
+            key, value, indices = memory.read(found.chunks_BCK)
+        return Served(key, value, found.weights_BCK, indices, None)
+
+    def _none_found(self, hidden_BLD: torch.Tensor, places: int) -> Retrieved:
+        shape = (hidden_BLD.shape[0], places, self.config.num_retrieved_chunks)
+        nothing = torch.full(shape, -1, device=hidden_BLD.device)
+        wide = torch.promote_types(hidden_BLD.dtype, torch.float32)
+        return Retrieved(nothing, torch.zeros_like(nothing, dtype=wide))
 
     def _nothing(self, hidden_BLD, serving: Retrieved):
         """Return one empty chunk: before the first chunk is complete there is nothing to read."""

@@ -26,6 +26,7 @@ VARIANTS = {
     "fixed": {"retriever": "fixed"},
     "mean": {"landmark_source": "mean"},
     "memory": MEMORY,
+    "by token": {"retrieval_by": "token"},
     "no retrieval": {"retrieval_groups": [], "num_lower_layers": 3},
 }
 

@@ -115,6 +115,8 @@ def test_there_are_no_other_baselines():
         ({"landmark_source": "last"}, r"landmark_source must be one of \('token', 'cls', 'mean'\), got 'last'"),
         ({"landmark_slot": "zero"}, r"landmark_slot must be one of \('off_by_one', 'dropped'\), got 'zero'"),
         ({"residual": "none"}, "residual must be one of .* got 'none'"),
+        ({"retrieval_by": "head"}, r"retrieval_by must be one of \('chunk', 'token'\), got 'head'"),
+        ({"retrieval_by": "token", "retriever": "fixed"}, 'retrieval_by="token" needs .* got retriever="fixed"'),
         ({"fusion": "sum"}, "fusion must be one of .* got 'sum'"),
         ({"retriever": "bm25"}, "retriever must be one of .* got 'bm25'"),
         ({"self_attention": "full"}, "self_attention must be one of .* got 'full'"),

@@ -83,6 +83,10 @@ def test_what_it_cannot_do_is_said(monkeypatch):
         model_of("insnext_triton", torch.float64)(ids)
     with pytest.raises(ValueError, match="has no dropout, got attention_dropout=0.5"):
         model_of("insnext_triton", attention_dropout=0.5).train()(ids)
+    with pytest.raises(
+        ValueError, match='retrieval_by="token" needs eager, sdpa or flex_attention, got insnext_triton'
+    ):
+        model_of("insnext_triton", retrieval_by="token")(ids)
     wide = model_of("insnext_triton", hidden_size=512)
     with pytest.raises(ValueError, match="head dim of at most 128, got 256"):
         wide(ids)

@@ -36,6 +36,8 @@ CONFIGS = {
     "full_attention": {"retrieval_groups": [], "sliding_window": None},
     "landmark_attention": {"retrieval_groups": [], "sliding_window": None, "self_attention": "landmark"},
     "memory": MEMORY,
+    "by_token": {"retrieval_by": "token"},
+    "by_token_memory": {**MEMORY, "retrieval_by": "token"},
     **FORMS,
 }
 every_config = pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
@@ -129,7 +131,9 @@ def test_a_row_of_a_ragged_batch_is_the_row_alone(changes):
         assert error > 1e-3 if side == "left" else error < CLOSE
 
 
-@pytest.mark.parametrize("name", ["x2", "cls", "cca", "random", "fixed", "chunks_of_one", "memory", "qwen", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["x2", "cls", "cca", "random", "fixed", "chunks_of_one", "memory", "by_token", "qwen", "gpt2"]
+)
 @pytest.mark.parametrize("location", ["host", "disk"])
 def test_where_chunks_lie_changes_nothing(name, location, tmp_path):
     model, ids = tiny_model(**CONFIGS[name]), random_ids(2, LENGTH)

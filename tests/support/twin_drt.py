@@ -123,8 +123,8 @@ def upper_layer(c, w, name, hidden_LD, memory, serving, place):
     a = hidden_LD + self_attention(c, w, name, decoder_norm(c, w, f"{name}.input_layernorm", hidden_LD))
     fused = a.clone()
     for i in range(len(a)):
-        # what chunk t found serves chunk t + 1
-        found, weights = serving.get(i // c.chunk_length - 1, ([], []))
+        # what chunk t found serves chunk t + 1, what a token found itself
+        found, weights = serving.get(i if c.retrieval_by == "token" else i // c.chunk_length - 1, ([], []))
         if place is not None:
             fused[i] += cross_attention(c, w, name, a[i], memory, found, weights, place)
     normed = decoder_norm(c, w, f"{name}.post_attention_layernorm", fused)
@@ -158,11 +158,13 @@ def brute_force_logits(model, ids: list[int]) -> torch.Tensor:
     layer, place = c.num_lower_layers, 0
     for group, count in enumerate(c.retrieval_groups):
         serving = {}
-        for t in chunks:
-            query = hidden[t * P + P - 1]
+        by_token = c.retrieval_by == "token"
+        for asks in range(len(hidden)) if by_token and chunks else chunks:
+            t = asks // P if by_token else asks
+            query = hidden[asks if by_token else t * P + P - 1]
             if c.retriever == "learned":
                 query = rms_norm(query, w[f"query_norms.{group}.weight"], c.rms_norm_eps)
-            serving[t] = retrieve(c, query, [landmark for landmark, *_ in memory], bags, t)
+            serving[asks] = retrieve(c, query, [landmark for landmark, *_ in memory], bags, t)
         for within in range(count):
             attends = within < (c.cross_attention_layers or count)
             hidden = upper_layer(c, w, f"layers.{layer}", hidden, memory, serving, place if attends else None)
