@@ -2,7 +2,7 @@
 
     python examples/studies/replay_edits.py --edits DATA/code/py_stdlib_edits.jsonl.gz --checkpoint MODEL
 
-Each row of the data is a function before and after a change; what differs is replayed hunk by hunk.
+Each row of the data is a function before and after a change; what differs is replayed hunk by hunk, the last first.
 
     document        `model.open`: the new tokens see both sides, all others keep what they knew
     max_drift x     the same, refreshing by itself
@@ -218,7 +218,10 @@ def table(rows: dict[str, list[dict]], keys: dict) -> str:
     """Return the rows as markdown."""
     lines = ["| kept up by | drift, all places | drift, end | tokens encoded | CPU ms |", "|---" * 5 + "|"]
     for name, results in rows.items():
-        drift, end, tokens, ms = (mean(row[key] for row in results) for key in ("drift", "end", "tokens", "ms"))
+        # a divergence of nothing is rounded to either side of 0
+        drift, end, tokens, ms = (
+            max(mean(row[key] for row in results), 0.0) for key in ("drift", "end", "tokens", "ms")
+        )
         lines.append(f"| {name} | {drift:.4f} | {end:.4f} | {tokens:.1f} | {ms:.0f} |")
     typed = (
         "A letter typed into {tokens} tokens: {passes:.0f} pass over {encoded:.0f} tokens (at most {most_encoded}), "
