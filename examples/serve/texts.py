@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from modeling_insnext.insnext.budget import Budget
 from modeling_insnext.insnext.canvas import Canvas
 from modeling_insnext.insnext.canvas_pieces import continuation_mask_of, ids_inside_text, token_ids
 
@@ -129,6 +130,7 @@ class Marks:
         try:
             canvas = model.canvas(tokenizer, self.text, keywords, **dict(self.options)).to("cpu")
             canvas.validate(model.config.vocab_size, max_tokens, model.config.max_position_embeddings)
+            Budget(canvas, torch.full_like(canvas.lengths, max_tokens)).check_pending()
         except ValueError as error:
             raise refused(str(error), "text" if self.text is not None else "keywords") from error
         ids = canvas.input_ids[0].tolist()
@@ -252,6 +254,19 @@ def stacked(rows: list[Canvas]) -> Canvas:
     pads = {"gap_ids": -1, "max_gap_tokens": -1}
     fields = {
         name: torch.nn.utils.rnn.pad_sequence([row[name][0] for row in rows], True, pads.get(name, 0))
-        for name in Canvas.field_names() - {"continuation_mask"}
+        for name in Canvas.field_names() - {"continuation_mask", "pending_ids"}
     }
-    return Canvas(**fields, continuation_mask=rows[0].continuation_mask)
+    return Canvas(**fields, continuation_mask=rows[0].continuation_mask, pending_ids=_stacked_forms(rows))
+
+
+def _stacked_forms(rows: list[Canvas]) -> torch.Tensor | None:
+    """Return the forms of the pending keywords of all rows, -1 where one has none; None where none has."""
+    sizes = [row.pending_ids.shape[1:] for row in rows if row.pending_ids is not None]
+    if not sizes:
+        return None
+    ids_BKFL = torch.full((len(rows), *map(max, zip(*sizes, strict=True))), -1)
+    for row, ids_KFL in zip(rows, ids_BKFL, strict=True):
+        if row.pending_ids is not None:
+            K, F, L = row.pending_ids.shape[1:]
+            ids_KFL[:K, :F, :L] = row.pending_ids[0]
+    return ids_BKFL

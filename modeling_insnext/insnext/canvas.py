@@ -1,6 +1,7 @@
 """The canvas: given tokens and the slots between them where the model may write.
 
-Shape suffixes: B rows, T tokens of the longest row, G gaps of the row with most gaps, V vocabulary.
+Shape suffixes: B rows, T tokens of the longest row, G gaps of the row with most gaps, V vocabulary; K pending keywords
+of a row, F forms of a keyword, L tokens of a form, each of the row, keyword or form with most.
 A canvas holds tensors in text order, padded on the right. Slot i is the place right of token i; the canvas starts with
 BOS, so text can grow before the first given word too:
 
@@ -10,6 +11,8 @@ BOS, so text can grow before the first given word too:
     gap_ids_BT         0    -1    1   -1
     min_gap_tokens_BG  0 2      max_gap_tokens_BG  -1 5      (-1: no bound)
     word_end_mask_BT   .     .    x    .       no piece may be written here that would glue to "ran"
+
+Keywords that have no place yet are pending: each is a list of forms, of which one is to be written.
 """
 
 from dataclasses import dataclass, fields
@@ -33,6 +36,8 @@ class Canvas(ModelOutput):
         max_gap_tokens: int64 `[B, G]`, largest number of tokens, -1 for no bound.
         word_end_mask: bool `[B, T]`, tokens right of which no piece may be written that would glue to them.
         continuation_mask: bool `[V]`, the pieces that glue; None where no word is protected.
+        pending_ids: int64 `[B, K, F, L]`, tokens of the forms of keywords that are to be written, each keyword in one
+            form, -1 behind the end of a form and where there is none; None where nothing is pending.
     """
 
     input_ids: torch.LongTensor = None
@@ -43,6 +48,7 @@ class Canvas(ModelOutput):
     max_gap_tokens: torch.LongTensor = None
     word_end_mask: torch.BoolTensor = None
     continuation_mask: torch.BoolTensor | None = None
+    pending_ids: torch.LongTensor | None = None
 
     @classmethod
     def field_names(cls) -> set[str]:
@@ -79,6 +85,7 @@ class Canvas(ModelOutput):
         max_gap_tokens: torch.Tensor | int | None = None,
         word_end_mask: torch.Tensor | None = None,
         continuation_mask: torch.Tensor | None = None,
+        pending_ids: torch.Tensor | None = None,
     ) -> "Canvas":
         """Return a complete canvas, padded on the right, from token ids and whatever is known of the slots.
 
@@ -91,6 +98,7 @@ class Canvas(ModelOutput):
             max_gap_tokens: `[B, G]` or one number for all gaps, -1 for no bound; None: -1.
             word_end_mask: `[B, T]` bool; None: nothing is protected.
             continuation_mask: `[V]` bool; passed on.
+            pending_ids: `[B, K, F, L]`; passed on.
 
         Raises:
             ValueError: If a row is empty, its tokens are not contiguous, shapes disagree or bounds are no integers.
@@ -138,6 +146,7 @@ class Canvas(ModelOutput):
             max_gap_tokens=_bounds_tensor("max_gap_tokens", max_gap_tokens, -1, (B, G), device),
             word_end_mask=torch.zeros_like(present_BT) if word_end_mask is None else aligned(word_end_mask).bool(),
             continuation_mask=None if continuation_mask is None else continuation_mask.to(device),
+            pending_ids=None if pending_ids is None else pending_ids.to(device),
         )
 
     def validate(
@@ -169,6 +178,7 @@ class Canvas(ModelOutput):
             row = int(start_B1.squeeze(1).nonzero()[0])
             raise ValueError(f"a canvas is padded on the right, row {row} on the left")
         self._check_slots()
+        self._check_pending()
         self._check_vocabulary(vocab_size)
         self._check_bounds(max_new_tokens)
         # a text cannot be finished within the model's length if its minima alone exceed it
@@ -197,6 +207,28 @@ class Canvas(ModelOutput):
             if len(used.unique()) != len(used):
                 raise ValueError(f"each gap of a canvas has one slot, gap_ids of row {row} are {used.tolist()}")
 
+    def _check_pending(self) -> None:
+        forms_BKFL = self.pending_ids
+        if forms_BKFL is None:
+            return
+        if forms_BKFL.ndim != 4 or forms_BKFL.dtype != torch.long or len(forms_BKFL) != self.rows:
+            raise ValueError(
+                f"pending_ids must be int64 [B, K, F, L] for {self.rows} rows, got {forms_BKFL.dtype} "
+                f"{list(forms_BKFL.shape)}"
+            )
+        if not forms_BKFL.numel() or bool((forms_BKFL < -1).any()):
+            raise ValueError(
+                "pending_ids must hold tokens and -1 where there is none, got "
+                f"{int(forms_BKFL.min()) if forms_BKFL.numel() else 'no entry'}"
+            )
+        broken_BKF = ((forms_BKFL[..., :-1] < 0) & (forms_BKFL[..., 1:] >= 0)).any(3)
+        if broken_BKF.any():
+            row, keyword, form = broken_BKF.nonzero()[0].tolist()
+            raise ValueError(
+                f"pending_ids must have -1 behind the end of a form only, got "
+                f"{forms_BKFL[row, keyword, form].tolist()} in row {row}"
+            )
+
     def _check_vocabulary(self, vocab_size: int | None) -> None:
         continuation_mask = self.continuation_mask
         if continuation_mask is None and self.word_end_mask.any():
@@ -208,6 +240,8 @@ class Canvas(ModelOutput):
         if vocab_size is None:
             return
         ids = self.input_ids[self.attention_mask.bool()]
+        if self.pending_ids is not None:
+            ids = torch.cat([ids, self.pending_ids[self.pending_ids >= 0]])
         outside = ids[(ids < 0) | (ids >= vocab_size)]
         if len(outside):
             raise ValueError(f"vocabulary mismatch: token id {int(outside[0])} in a vocabulary of {vocab_size}")

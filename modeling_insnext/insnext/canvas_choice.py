@@ -1,10 +1,9 @@
-"""What the model chooses before it writes: the order of keywords and, of keywords with alternatives, the form.
+"""What the model chooses before it writes: of keywords with alternatives whose order is given, the form.
 
-Shape suffixes: R rows, S places, V vocabulary.
+Shape suffixes: R rows, V vocabulary.
 """
 
 from itertools import chain
-from typing import NamedTuple
 
 import torch
 
@@ -13,62 +12,28 @@ from .canvas import Canvas
 from .draft import Draft
 
 
-class Chosen(NamedTuple):
-    """Which of the keywords of a row, and which of its forms."""
-
-    keyword: int
-    form: int
-
-
 @torch.no_grad()
-def choose_keywords(
-    model, bos: int, keywords: list[list[list[int]]], ordered: bool, continuation_mask: torch.Tensor
-) -> list[Chosen]:
-    """Return the keywords of a text from left to right, each in one of its forms.
+def choose_forms(model, bos: int, keywords: list[list[list[int]]], continuation_mask: torch.Tensor) -> list[int]:
+    """Return which of its forms each keyword of a text has, by its number.
+
+    The first forms stand first; then, from left to right, each keyword gets the form that is likeliest between the
+    others as they are by then.
 
     Args:
         model: An `InsNextForInsertionLM`.
         bos: Id of the token in front.
-        keywords: Of each keyword the token ids of its forms.
-        ordered: Whether they keep their order. If not, each in turn goes to where p(slot) p(first token | slot) is
-            largest over places and forms.
+        keywords: Of each keyword, in the order of the text, the token ids of its forms.
         continuation_mask: bool `[V]`, pieces that glue to the word on their left.
     """
-    if ordered:
-        order = [Chosen(index, 0) for index in range(len(keywords))]
-    else:
-        order = _likeliest_order(model, bos, keywords)
-    return _likeliest_forms(model, bos, keywords, order, continuation_mask)
-
-
-def _likeliest_order(model, bos, keywords) -> list[Chosen]:
-    order = []
-    for new, forms in enumerate(keywords):
-        placed = [keywords[index][form] for index, form in order]
-        ids = [bos, *chain.from_iterable(placed)]
-        places = torch.tensor([0] + [len(phrase) for phrase in placed], device=model.device).cumsum(0)
-        draft = _draft_of(model, [ids])
-        allowed = torch.zeros(1, len(ids), dtype=torch.bool, device=model.device)
-        allowed[0, places] = True
-        slot_S = draft.slot_scores(allowed, may_stop=torch.zeros_like(allowed[:, 0])).log_softmax(1)[0, places]
-        token_SV = _token_log_p(draft, torch.zeros_like(places), places)
-        scores = slot_S[:, None] + token_SV[:, [form[0] for form in forms]]
-        place, form = divmod(int(scores.argmax()), len(forms))
-        order.insert(place, Chosen(new, form))
-    return order
-
-
-def _likeliest_forms(model, bos, keywords, order: list[Chosen], continuation_mask) -> list[Chosen]:
-    """Go through the places once, left to right; at each the form is chosen that is likeliest between the others."""
-    order = list(order)
-    for place, (index, _) in enumerate(order):
-        forms = keywords[index]
+    chosen = [0] * len(keywords)
+    for place, forms in enumerate(keywords):
         if len(forms) > 1:
-            left = [bos, *chain.from_iterable(keywords[k][form] for k, form in order[:place])]
-            right = list(chain.from_iterable(keywords[k][form] for k, form in order[place + 1 :]))
+            standing = [keyword[form] for keyword, form in zip(keywords, chosen, strict=True)]
+            left = [bos, *chain.from_iterable(standing[:place])]
+            right = list(chain.from_iterable(standing[place + 1 :]))
             scores = _form_log_p(model, left, forms, right, continuation_mask.to(model.device))
-            order[place] = Chosen(index, max(range(len(forms)), key=scores.__getitem__))
-    return order
+            chosen[place] = max(range(len(forms)), key=scores.__getitem__)
+    return chosen
 
 
 def _form_log_p(model, left, forms, right, continuation_mask) -> list[float]:
@@ -105,4 +70,4 @@ def _token_log_p(draft: Draft, rows: torch.Tensor, slots: torch.Tensor) -> torch
     return draft.model.token_logits(states).log_softmax(-1)
 
 
-__all__ = ["Chosen", "choose_keywords"]
+__all__ = ["choose_forms"]

@@ -38,6 +38,13 @@ class Gap(NamedTuple):
     maximum: int | None = None
 
 
+class Given(NamedTuple):
+    """What is given: a text, or a form of a keyword, and its tokens."""
+
+    text: str
+    ids: list[int]
+
+
 class Row(NamedTuple):
     """A canvas before padding; `gap_after[i]` is the gap right of token i, -1 where the slot is closed."""
 
@@ -46,6 +53,7 @@ class Row(NamedTuple):
     word_end: list[bool]
     gaps: list[Gap]
     given: str
+    pending: list[list[Given]] = []
 
 
 def build_canvas(
@@ -56,11 +64,14 @@ def build_canvas(
     min_gap_tokens: Bounds = None,
     max_gap_tokens: Bounds = None,
     ordered: bool = True,
-    choose: Callable[[list[list[list[int]]], bool], Sequence[tuple[int, int]]] | None = None,
+    choose: Callable[[list[list[list[int]]]], Sequence[int]] | None = None,
     vocab_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> Canvas:
     """Return the canvas of `text` with marks, or of `keywords` with a gap before, between and after them.
+
+    With `ordered=False` the keywords are pending: the canvas is one gap, and `generate` writes each keyword in one of
+    its forms wherever it likes best.
 
     One space beside a mark is the border of a word: the mark stands for words, and no piece glues to the given word
     there. A mark without one, as in "un___able", stands for a part of the word. Before closing punctuation, after
@@ -81,9 +92,9 @@ def build_canvas(
         min_gap_tokens: Least number of tokens in each gap without bounds of its own: one for all, a list with one a
             gap, or a list of such lists, one a row. None is 0.
         max_gap_tokens: Largest number of tokens, likewise. None is no bound.
-        ordered: Whether keywords keep their order.
-        choose: Called with the token ids of the forms of each keyword of a row and with `ordered`, if there is
-            something to choose; returns (keyword, form) from left to right, each keyword once.
+        ordered: Whether keywords keep their order. If not, nothing of them is chosen before anything is written.
+        choose: Called with the token ids of the forms of each keyword of a row, if they keep their order and there is
+            something to choose; returns the number of the form that each has.
         vocab_size: Number of embeddings of the model, `len(tokenizer)` if None; length of `continuation_mask`.
         device: Device of the tensors.
 
@@ -104,8 +115,8 @@ def build_canvas(
         rows = [_text_row(tokenizer, one, gap) for one in _texts(text)]
     else:
         batch = _keyword_lists(keywords)
-        if choose is None and not (ordered and all(len(forms) == 1 for row in batch for forms in row)):
-            raise ValueError("ordered=False and alternatives need choose, which chooses; model.canvas has one")
+        if choose is None and ordered and any(len(forms) > 1 for row in batch for forms in row):
+            raise ValueError("alternatives in a given order need choose, which chooses; model.canvas has one")
         rows = [_keyword_row(tokenizer, forms, gap, ordered, choose) for forms in batch]
     _warn_of_changes(tokenizer, rows)
     bounds = _gap_bounds(rows, min_gap_tokens, max_gap_tokens)
@@ -129,7 +140,8 @@ def canvas_at(tokenizer, text: str, at: int, vocab_size: int) -> tuple[Canvas, s
 
 
 def _canvas_of(tokenizer, rows: list[Row], bounds, continuation_mask: torch.Tensor) -> Canvas:
-    highest = max(max(row.ids) for row in rows)
+    pending = [[[form.ids for form in forms] for forms in row.pending] for row in rows]
+    highest = max(chain.from_iterable([*(row.ids for row in rows), *chain.from_iterable(chain(*pending))]))
     if highest >= len(continuation_mask):
         raise ValueError(f"vocabulary mismatch: token id {highest} in a vocabulary of {len(continuation_mask)}")
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.bos_token_id
@@ -143,6 +155,7 @@ def _canvas_of(tokenizer, rows: list[Row], bounds, continuation_mask: torch.Tens
         max_gap_tokens=_pad(maxima, -1),
         word_end_mask=_pad([row.word_end for row in rows], False),
         continuation_mask=continuation_mask,
+        pending_ids=_pad_forms(pending) if any(pending) else None,
     )
 
 
@@ -215,22 +228,26 @@ def _keyword_row(tokenizer, keywords: list[list[str]], mark: str, ordered: bool,
                 "if these are letters of the word, choose another mark, as gap='<gap>'"
             )
     texts = [[_segment(f" {form.strip()} ", True, True).text for form in forms] for forms in keywords]
-    pieces = [[given_ids(tokenizer, text, first=False) for text in forms] for forms in texts]
-    chosen = [(index, 0) for index in range(len(keywords))]
-    if not ordered or any(len(forms) > 1 for forms in keywords):
-        chosen = [(int(index), int(form)) for index, form in choose(pieces, ordered)]
-        order = [index for index, _ in chosen]
-        if (order if ordered else sorted(order)) != list(range(len(keywords))):
-            what = "keep the order" if ordered else "return a permutation"
-            raise ValueError(f"choose must {what} of {len(keywords)} keywords, got {order}")
+    pieces = [[Given(text, given_ids(tokenizer, text, first=False)) for text in forms] for forms in texts]
     ids, gap_after, word_end = [tokenizer.bos_token_id], [0], [False]
-    for place, (index, form) in enumerate(chosen):
-        phrase_ids = pieces[index][form]
-        ids += phrase_ids
-        gap_after += [-1] * (len(phrase_ids) - 1) + [place + 1]
-        word_end += [False] * (len(phrase_ids) - 1) + [True]
-    given = "".join(texts[index][form] for index, form in chosen)
-    return Row(ids, gap_after, word_end, [Gap()] * (len(chosen) + 1), given)
+    if not ordered:
+        return Row(ids, gap_after, word_end, [Gap()], "", pieces)
+    chosen = [0] * len(pieces)
+    if any(len(forms) > 1 for forms in pieces):
+        chosen = [int(form) for form in choose([[form.ids for form in forms] for forms in pieces])]
+        if len(chosen) != len(pieces) or any(
+            not 0 <= form < len(forms) for form, forms in zip(chosen, pieces, strict=True)
+        ):
+            raise ValueError(
+                f"choose must return a form of each of {len(pieces)} keywords with {[len(forms) for forms in pieces]} "
+                f"forms, got {chosen}"
+            )
+    standing = [forms[form] for forms, form in zip(pieces, chosen, strict=True)]
+    for place, phrase in enumerate(standing):
+        ids += phrase.ids
+        gap_after += [-1] * (len(phrase.ids) - 1) + [place + 1]
+        word_end += [False] * (len(phrase.ids) - 1) + [True]
+    return Row(ids, gap_after, word_end, [Gap()] * (len(standing) + 1), "".join(phrase.text for phrase in standing))
 
 
 def _split(text: str, mark: str) -> tuple[list[Segment], list[Gap]]:
@@ -294,10 +311,12 @@ def given_ids(tokenizer, text: str, first: bool = True) -> list[int]:
 
 def _warn_of_changes(tokenizer, rows: list[Row]) -> None:
     """Name the first place where the given text, its gaps left out, is decoded as something else."""
-    for row, canvas in enumerate(rows):
-        decoded = tokenizer.decode(canvas.ids[1:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    texts = [(row, Given(canvas.given, canvas.ids[1:])) for row, canvas in enumerate(rows)]
+    texts += [(row, form) for row, canvas in enumerate(rows) for forms in canvas.pending for form in forms]
+    for row, (given, ids) in texts:
+        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         # a tokenizer may put one space before every text, or take one away
-        given, decoded = canvas.given.removeprefix(" "), decoded.removeprefix(" ")
+        given, decoded = given.removeprefix(" "), decoded.removeprefix(" ")
         if given != decoded:
             at = len(os.path.commonprefix([given, decoded]))
             around = slice(max(at - 15, 0), at + 15)
@@ -347,6 +366,19 @@ def _bounds_by_row(name: str, bounds: Bounds, rows: list[Row]) -> list[list[int 
 def _pad(rows: Sequence[list], value: int | bool) -> torch.Tensor:
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
+
+
+def _pad_forms(rows: list[list[list[list[int]]]]) -> torch.Tensor:
+    """Return the token ids of the forms of the keywords of each row as one tensor, -1 where there is none."""
+    K = max(len(row) for row in rows)
+    F = max(len(forms) for row in rows for forms in row)
+    L = max(len(form) for row in rows for forms in row for form in forms)
+    ids_BKFL = torch.full((len(rows), K, F, L), -1)
+    for b, row in enumerate(rows):
+        for k, forms in enumerate(row):
+            for f, form in enumerate(forms):
+                ids_BKFL[b, k, f, : len(form)] = torch.tensor(form)
+    return ids_BKFL
 
 
 __all__ = ["build_canvas", "canvas_at", "given_ids"]

@@ -12,10 +12,11 @@ import torch
 
 from .attention import Interval
 from .cache import InsertionCache
+from .pending import Pending
 
 
 PER_ROW = (
-    "origins", "margins", "running", "ids", "ranks", "following", "lengths", "steps", "gaps", "words_end",
+    "origins", "margins", "running", "ids", "ranks", "following", "lengths", "steps", "gaps", "words_end", "keywords",
     "encoded_together", "encoded_tokens", "left", "right", "slots", "keys", "hidden",
 )  # fmt: skip
 
@@ -42,6 +43,8 @@ class Draft:
         steps: int64 `[R, C + 1]`, the step at which an entry was written, -1 for given ones.
         gaps: int64 `[R, C + 1]`, gap that the slot right of each entry belongs to, -1 where it is closed.
         words_end: bool `[R, C + 1]`, whether nothing that continues a word may be written right of an entry.
+        keywords: int64 `[R, C + 1]`, the pending keyword that an entry was written for, -1 for all others.
+        pending: the keywords that are to be written, None without any.
         encoded_together: int64 `[R]`, b of the EBR rule: entries covered by the last encoding of the text.
         encoded_tokens: int64 `[R]`, tokens that went through the network so far.
         reencoded_at: for each row the steps after which EBR struck.
@@ -77,6 +80,8 @@ class Draft:
         self.steps = buffer(-1, -1)
         self.gaps = buffer(torch.where(canvas.slot_mask & present_RT, canvas.gap_ids, -1), -1)
         self.words_end = buffer(canvas.word_end_mask & present_RT, False, torch.bool)
+        self.keywords = buffer(-1, -1)
+        self.pending = None if canvas.pending_ids is None else Pending(canvas)
         self.encoded_together = torch.zeros_like(self.lengths)
         self.encoded_tokens = torch.zeros_like(self.lengths)
         self.reencoded_at, self.reencoded_tokens = [[] for _ in range(R)], [[] for _ in range(R)]
@@ -164,6 +169,8 @@ class Draft:
         self.words_end[row_R, entry] = False
         self.budget.take(self.gaps[row_R, slots], acts.long())
         self.lengths = self.lengths + acts.long()
+        if self.pending is not None:
+            self.pending.advance(self, slots, entry, acts)
 
     def encode(self, config) -> None:
         """Encode what was written since the last call or, where EBR strikes, the whole text anew; this ends a step.
@@ -274,6 +281,8 @@ class Draft:
         for name in ("reencoded_at", "reencoded_tokens"):
             setattr(self, name, [list(getattr(self, name)[row]) for row in rows.tolist()])
         self.budget.select_rows(rows)
+        if self.pending is not None:
+            self.pending.select_rows(rows)
         self.cache.select_rows(rows)
 
     def room(self, slots: torch.Tensor) -> torch.Tensor:
@@ -299,13 +308,19 @@ class Draft:
             allowed = torch.where(narrows[:, None], near, allowed)
         return allowed
 
-    def choices(self, config) -> torch.Tensor:
+    def choices(self, config, at_stop: bool = False) -> torch.Tensor:
         """Return the logits of every slot and, in the last column, of STOP, `[R, W + 1]`; `-inf` where not allowed.
 
         A row that rests may only stop.
+
+        Args:
+            config: Its `slot_window` counts.
+            at_stop: Whether rows with pending keywords may choose STOP, to have one written then; see `Pending`.
         """
-        allowed = self.open_slots(config.slot_window)
-        return self.slot_scores(allowed, may_stop=~self.budget.must_go_on() | ~allowed.any(1))
+        allowed, may_stop = self.open_slots(config.slot_window), ~self.budget.must_go_on()
+        if self.pending is not None:
+            allowed, may_stop = self.pending.choices(self, allowed, may_stop, at_stop)
+        return self.slot_scores(allowed, may_stop=may_stop | ~allowed.any(1))
 
     def slot_scores(self, allowed: torch.Tensor, may_stop: torch.Tensor) -> torch.Tensor:
         """Return the logits of the slots and, in the last column, of STOP, `[R, W + 1]`; `-inf` where not allowed."""

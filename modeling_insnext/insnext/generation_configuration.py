@@ -1,4 +1,4 @@
-"""Options of insertion decoding: the fields of `GenerationConfig` and nine more, every one checked.
+"""Options of insertion decoding: the fields of `GenerationConfig` and ten more, every one checked.
 
 As everywhere in transformers a field left at None is not set: `merge_generation_configs` fills it from the model's
 own configuration, then from the defaults of GenerationConfig and `INSERTION_DEFAULTS`. So an explicit `ebr=False`
@@ -24,6 +24,7 @@ INSERTION_DEFAULTS = {
     "slot_window": None,
     "slot_temperature": 1.0,
     "slot_top_p": 1.0,
+    "keyword_bias": 7.0,
     "seed": None,
 }
 
@@ -93,6 +94,7 @@ NEEDS = {
     "seed": ("do_sample=True", lambda config: config.do_sample),
     "ebr_ratio": ("ebr=True", lambda config: config.ebr),
     "ebr_window": ("ebr=True", lambda config: config.ebr),
+    "keyword_bias": ("num_beams=1: beams deal their rows out", lambda config: (config.num_beams or 1) == 1),
     "compile_config": ('cache_implementation="static"', lambda config: config.cache_implementation == "static"),
 }
 # arguments that models elsewhere take -> why there is nothing to take here
@@ -181,6 +183,8 @@ class InsertionGenerationConfig(GenerationConfig):
         slot_window: Write only into slots next to the last `slot_window` insertions (None: every open slot).
         slot_temperature: Divides the logits of the slots when `do_sample` (1.0).
         slot_top_p: Nucleus of the slots when `do_sample` (1.0).
+        keyword_bias: Added to the scores of tokens that begin a pending keyword, in nats: how readily one is written
+            (7.0).
         seed: Seed of the sampling: one, from which with the row's number that of each row is made, or a list with one
             for each row, taken as they are (None: the global generator).
         kwargs: Fields of `GenerationConfig`.
@@ -199,6 +203,7 @@ class InsertionGenerationConfig(GenerationConfig):
         slot_window: int | None = None,
         slot_temperature: float | None = None,
         slot_top_p: float | None = None,
+        keyword_bias: float | None = None,
         seed: int | list[int] | None = None,
         **kwargs,
     ):
@@ -213,6 +218,7 @@ class InsertionGenerationConfig(GenerationConfig):
         self.slot_window = slot_window
         self.slot_temperature = slot_temperature
         self.slot_top_p = slot_top_p
+        self.keyword_bias = keyword_bias
         self.seed = seed
         # not True, which would make GenerationConfig drop fields when the saved file is loaded
         super().__init__(**options, _from_model_config=False, transformers_version=kwargs.get("transformers_version"))
@@ -274,7 +280,8 @@ class InsertionGenerationConfig(GenerationConfig):
         _check(
             "ebr_ratio", self.ebr_ratio, "a finite number of at least 0", lambda value: _is_real(value) and value >= 0
         )
-        _check("length_penalty", self.length_penalty, "a finite number", _is_real)
+        for name in ("length_penalty", "keyword_bias"):
+            _check(name, getattr(self, name), "a finite number", _is_real)
         for name in ("temperature", "slot_temperature", "repetition_penalty", "max_time"):
             _check(name, getattr(self, name), "a finite number above 0", lambda value: _is_real(value) and value > 0)
         for name in ("top_p", "slot_top_p"):

@@ -21,7 +21,7 @@ from transformers.utils import logging
 from .bans import Bans
 from .budget import Budget
 from .canvas import Canvas
-from .canvas_choice import choose_keywords
+from .canvas_choice import choose_forms
 from .canvas_pieces import continuation_mask_of
 from .canvas_text import build_canvas
 from .draft import Draft
@@ -32,6 +32,7 @@ from .generation_configuration import (
     merge_generation_configs,
 )
 from .output import InsertionGenerateOutput, stop_strings
+from .pending import check_pending
 from .prompt_learning import virtual_tokens
 from .step import TokenRules, check_stock
 from .write_beam import write_beams
@@ -159,16 +160,16 @@ class InsertionGenerationMixin(GenerationMixin):
                 beside strings holds the forms of one keyword, of which the model chooses one:
                 `[["look", "looks"], "field"]`.
             **options: `gap`, `min_gap_tokens`, `max_gap_tokens`, `ordered`; see `canvas_text.build_canvas`. With
-                `ordered=False` the model chooses the order of the keywords: each goes where its beginning is
-                likeliest. Forms and order are chosen before anything is written.
+                `ordered=False` keywords are pending: `generate` chooses form, place and order of each as it writes.
+                Otherwise forms are chosen here, before anything is written.
 
         Raises:
             ValueError: If text or keywords are empty, bounds contradict each other, or the vocabularies do not match.
         """
 
-        def choose(keywords, ordered):
+        def choose(keywords):
             mask = continuation_mask_of(tokenizer, self.config.vocab_size)
-            return choose_keywords(self, tokenizer.bos_token_id, keywords, ordered, mask)
+            return choose_forms(self, tokenizer.bos_token_id, keywords, mask)
 
         return build_canvas(
             tokenizer,
@@ -258,11 +259,13 @@ class InsertionGenerationMixin(GenerationMixin):
         bans = Bans(config, self.config.vocab_size)
         canvas = bans.with_minima(self._given_canvas(inputs, fields))
         budget = Budget.resolve(canvas, config, self.config)
+        check_pending(canvas, bans, self.config.never_inserted, "keyword_bias" in asked)
         _check_texts(voices.streamer, canvas, config)
         check_stock([*(voices.logits_processor or []), *(voices.stopping_criteria or [])])
         stops = stop_strings(config, tokenizer, canvas)
         processors = self._token_processors(config, voices.logits_processor, canvas)
-        rules = TokenRules(canvas.continuation_mask, processors, bans, voices.prefix_allowed_tokens_fn)
+        bias = config.keyword_bias if config.num_beams == 1 else 0.0
+        rules = TokenRules(canvas.continuation_mask, processors, bans, voices.prefix_allowed_tokens_fn, bias)
         return WritingTask(config, canvas, budget, rules, _criteria(config, voices.stopping_criteria), stops)
 
     def _check_special_tokens(self, config) -> None:

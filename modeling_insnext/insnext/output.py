@@ -19,6 +19,7 @@ class InsertionGenerateOutput(ModelOutput):
         sequences: The texts, int64 `[B, T']`, left to right, each behind the left padding that it was given with,
             padded on the right.
         insertion_steps: The step, from 1, at which each token was written; -1 for given tokens, -2 for padding.
+        keyword_ids: With pending keywords, the keyword of its row that each token was written for, -1 for all others.
         encoded_tokens: Tokens that went through the network for each text, int64 `[B]`: given, written and re-encoded
             ones.
         reencoded_at: For each text the steps after which EBR encoded it anew.
@@ -29,6 +30,7 @@ class InsertionGenerateOutput(ModelOutput):
 
     sequences: torch.LongTensor
     insertion_steps: torch.LongTensor | None = None
+    keyword_ids: torch.LongTensor | None = None
     encoded_tokens: torch.LongTensor | None = None
     reencoded_at: list[list[int]] | None = None
     reencoded_tokens: list[list[int]] | None = None
@@ -69,6 +71,10 @@ def stop_strings(config, tokenizer, canvas: Canvas) -> StopStringCriteria | None
         return None
     if tokenizer is None:
         raise ValueError("stop_strings needs tokenizer=..., which reads them")
+    if canvas.pending_ids is not None:
+        raise ValueError(
+            "stop_strings cut what stands right of them, which may be a pending keyword; use ordered=True"
+        )
     if config.num_beams > 1:
         raise ValueError(f"stop_strings cut a text once it is finished and ranked, got num_beams={config.num_beams}")
     last_BT = torch.arange(canvas.slot_mask.shape[1], device=canvas.slot_mask.device) == canvas.lengths[:, None] - 1
@@ -89,27 +95,31 @@ def finished_row(draft: Draft, row: int) -> dict:
         "margin": int(draft.margins[row]),
         "ids": draft.ids[row, :length][order],
         "steps": draft.steps[row, :length][order],
+        "keywords": draft.keywords[row, :length][order],
         "encoded": int(draft.encoded_tokens[row]),
         "reencoded_at": list(draft.reencoded_at[row]),
         "reencoded_tokens": list(draft.reencoded_tokens[row]),
     }
 
 
-def collect(results: list[dict], pad: int, device) -> InsertionGenerateOutput:
-    """Return finished texts as one output, each behind its margin.
+def collect(results: list[dict], draft: Draft) -> InsertionGenerateOutput:
+    """Return finished texts of a draft as one output, each behind its margin.
 
     What follows a prompt then begins at the width of the prompts, as pipelines and `sequences[:, width:]` expect.
     """
     width = max(result["margin"] + len(result["ids"]) for result in results)
-    sequences = torch.full((len(results), width), pad, device=device)
-    steps = torch.full_like(sequences, -2)
+    device = draft.ids.device
+    sequences = torch.full((len(results), width), draft.pad, device=device)
+    steps, keywords = torch.full_like(sequences, -2), torch.full_like(sequences, -1)
     for row, result in enumerate(results):
         place = slice(result["margin"], result["margin"] + len(result["ids"]))
         sequences[row, place], steps[row, place] = result["ids"], result["steps"]
+        keywords[row, place] = result["keywords"]
     scores = [result["score"] for result in results if "score" in result]
     return InsertionGenerateOutput(
         sequences=sequences,
         insertion_steps=steps,
+        keyword_ids=None if draft.pending is None else keywords,
         encoded_tokens=torch.tensor([result["encoded"] for result in results], device=device),
         reencoded_at=[result["reencoded_at"] for result in results],
         reencoded_tokens=[result["reencoded_tokens"] for result in results],

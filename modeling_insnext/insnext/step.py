@@ -60,18 +60,21 @@ class TokenRules(NamedTuple):
         processors: Processors of the token scores.
         bans: Sequences that are barred or biased.
         allowed_tokens: `prefix_allowed_tokens_fn`, or None.
+        keyword_bias: What is added to the scores of tokens that begin a pending keyword.
     """
 
     continuation_mask: torch.Tensor
     processors: LogitsProcessorList
     bans: Bans
     allowed_tokens: Callable[[int, torch.Tensor], list[int]] | None = None
+    keyword_bias: float = 0.0
 
 
 def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: TokenRules) -> torch.Tensor:
     """Return processed scores `[R, V]` of the token that goes into one slot of each row; `-inf` in rows that rest.
 
-    Processors are given all rows: of one that rests its text from left to right and scores of 0.
+    Processors are given all rows: of one that rests its text from left to right and scores of 0. Where a row must
+    write a token of a pending keyword, no one but the model has a say: it is given text.
 
     Args:
         draft: The texts.
@@ -82,7 +85,11 @@ def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: T
     model, rows = draft.model, acts.nonzero().squeeze(1)
     states = model.slot_head.token_state(draft.slots[rows, slots[rows]], draft.state[rows])
     scores = model.token_logits(states)
-    scores = scores.masked_fill(draft.words_end[rows, slots[rows]][:, None] & rules.continuation_mask, -torch.inf)
+    plain, barred = scores, draft.words_end[rows, slots[rows]][:, None] & rules.continuation_mask
+    sets = None if draft.pending is None else draft.pending.token_sets(draft, slots)
+    if sets is not None:
+        barred = (barred | sets.out_of_place[rows]) & ~sets.go_on[rows]
+    scores = scores.masked_fill(barred, -torch.inf)
     if rules.bans.acts and len(rows):
         texts = zip(scores, draft.texts_as_lists(rows), draft.ranks[rows, slots[rows]].tolist(), strict=True)
         scores = torch.stack([rules.bans.add_to(scores_V, text, rank + 1) for scores_V, text, rank in texts])
@@ -94,6 +101,10 @@ def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: T
         barred = scores_RV.isneginf()
         # no processor brings back what is barred
         scores_RV = rules.processors(seen, scores_RV).masked_fill(barred, -torch.inf)
+    if sets is not None:
+        scores_RV = scores_RV + rules.keyword_bias * sets.begin
+        plain_RV = torch.zeros_like(scores_RV).index_copy(0, rows, plain)
+        scores_RV = torch.where(sets.is_forced, plain_RV.masked_fill(~sets.forced, -torch.inf), scores_RV)
     return scores_RV.masked_fill(~acts[:, None], -torch.inf)
 
 

@@ -7,13 +7,18 @@ text's log-probability, which is the sum over all its orders, and exact once no 
 A candidate's probability is that of its hypothesis times p(slot) p(token | slot). Slots are looked into in the order
 of p(hypothesis) p(slot), which bounds their candidates, until none can enter the beam any more.
 
+Pending keywords belong to the hypothesis. Their tokens count with the model's own p(token | slot), forced or not. A
+text that holds a rare word early has paid for what another still has to pay, so texts are compared with those that
+have as many keywords left, and the rows of a beam are dealt out in turn, fewest left first.
+
 Shape suffixes: R rows, `num_beams` of them a canvas, W slots of the longest row.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -32,11 +37,18 @@ class Candidate(NamedTuple):
     token: int
 
 
+class Grown(NamedTuple):
+    """A text of the pool, behind the number of its canvas, and how many keywords have not begun in it."""
+
+    unbegun: int
+    text: tuple
+
+
 class Kept(NamedTuple):
     """A candidate that goes on, its text, and the log-probability of that: the sum over all its orders in the pool."""
 
     candidate: Candidate
-    text: tuple
+    text: Grown
     log_mass: float
 
 
@@ -107,7 +119,7 @@ def write_beams(draft: Draft, config, rules: TokenRules, criteria) -> InsertionG
         if not ended.texts:
             raise nothing_to_write(item)
     results = [text for ended in finished for text in ended.best(config.num_return_sequences)]
-    return collect(results, draft.pad, device)
+    return collect(results, draft)
 
 
 def _texts(draft: Draft) -> list[tuple[int, ...]]:
@@ -137,41 +149,65 @@ def _norm(written: int, config) -> float:
     return max(written, 1) ** config.length_penalty
 
 
-def _pools(draft: Draft, bounds, texts, beams: int, rules: TokenRules) -> list[dict[tuple, list[Candidate]]]:
+def _pools(draft: Draft, bounds, texts, beams: int, rules: TokenRules) -> list[dict[Grown, list[Candidate]]]:
     """Return for each canvas its candidates by the text they make, each order once.
 
     Args:
         bounds: `[R, W]`, log-probability of each hypothesis times that of its slots.
     """
-    bounds, order = bounds.sort(descending=True, stable=True)
-    ranks = draft.ranks.tolist()
+    ranks, pending = draft.ranks.tolist(), draft.pending
+    unbegun = [0] * len(draft) if pending is None else pending.unbegun().tolist()
     pools = [defaultdict(list) for _ in range(len(draft) // beams)]
-    threshold = torch.full((len(pools),), -torch.inf, dtype=bounds.dtype, device=bounds.device)
+
+    def add(value: float, row: int, slot: int, token: int, begins: bool = False) -> None:
+        if value > -math.inf:
+            cut = ranks[row][slot] + 2
+            grown = Grown(unbegun[row] - begins, (*texts[row][:cut], token, *texts[row][cut:]))
+            pools[row // beams][grown].append(Candidate(value, row, slot, token))
+
+    if pending is not None:
+        for row, slot, token, begins, log_p in chain.from_iterable(pending.moves(draft)):
+            add(float(bounds[row, slot]) + log_p, row, slot, token, begins)
+        bounds = bounds.masked_fill(~pending.takes_any_word(draft), -torch.inf)
+    bounds, order = bounds.sort(descending=True, stable=True)
     for turn in range(bounds.shape[1]):
-        acts = bounds[:, turn] > threshold.repeat_interleave(beams)
+        acts = bounds[:, turn] > _thresholds(pools, unbegun, beams, bounds)
         if not bool(acts.any()):
             break
         scores = token_scores(draft, order[:, turn], acts, rules).log_softmax(1) + bounds[:, turn, None]
+        if pending is not None:
+            scores = scores.masked_fill(pending.token_sets(draft, order[:, turn]).of_keywords, -torch.inf)
         top = scores.topk(min(2 * beams, scores.shape[1]), dim=1)
         values, tokens, slots = top.values.tolist(), top.indices.tolist(), order[:, turn].tolist()
         for row in acts.nonzero().squeeze(1).tolist():
-            slot, text = slots[row], texts[row]
-            cut = ranks[row][slot] + 2
             for value, token in zip(values[row], tokens[row], strict=True):
-                if value > -math.inf:
-                    grown = (*text[:cut], token, *text[cut:])
-                    pools[row // beams][grown].append(Candidate(value, row, slot, token))
-        for item, pool in enumerate(pools):
-            if len(pool) >= 2 * beams:
-                best = sorted((max(orders).log_p for orders in pool.values()), reverse=True)
-                threshold[item] = best[2 * beams - 1]
+                add(value, row, slots[row], token)
     return pools
 
 
-def _kept(pool: dict[tuple, list[Candidate]], beams: int) -> list[Kept]:
+def _thresholds(pools: list[dict[Grown, list[Candidate]]], unbegun: list[int], beams: int, bounds) -> torch.Tensor:
+    """Return for each row what a text of its canvas, with as many keywords left, must exceed, `[R]`."""
+    kinds = [(row // beams, count) for row, count in enumerate(unbegun)]
+    best = {kind: [] for kind in kinds}
+    for item, pool in enumerate(pools):
+        for text, orders in pool.items():
+            best.setdefault((item, text.unbegun), []).append(max(orders).log_p)
+    enough = 2 * beams
+    limit = {
+        kind: sorted(mine, reverse=True)[enough - 1] if len(mine) >= enough else -math.inf
+        for kind, mine in best.items()
+    }
+    return bounds.new_tensor([limit[kind] for kind in kinds])
+
+
+def _kept(pool: dict[Grown, list[Candidate]], beams: int) -> list[Kept]:
     """Return what gets a row: of the best texts the likeliest order each, then the likeliest other orders."""
     masses = {text: log_sum(candidate.log_p for candidate in orders) for text, orders in pool.items()}
-    best = sorted(masses, key=lambda text: -masses[text])[:beams]
+    place, turns = {}, Counter()
+    for text in sorted(masses, key=lambda text: -masses[text]):
+        place[text] = turns[text.unbegun]
+        turns[text.unbegun] += 1
+    best = sorted(place, key=lambda text: (place[text], text.unbegun))[:beams]
     orders = [sorted(pool[text], reverse=True) for text in best]
     others = sorted((candidate for mine in orders for candidate in mine[1:]), reverse=True)
     text_of = {candidate: text for text, mine in zip(best, orders, strict=True) for candidate in mine}

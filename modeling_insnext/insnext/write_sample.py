@@ -10,6 +10,7 @@ from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 from .draft import Draft
 from .output import InsertionGenerateOutput, collect, finished_row
+from .pending import Move
 from .step import TokenRules, nothing_to_write, token_scores
 
 
@@ -22,6 +23,8 @@ def write_sample(draft: Draft, config, rules: TokenRules, criteria, streamer) ->
     sampler = RowSampler(len(draft), config.do_sample, config.seed, draft.ids.device)
     while bool(draft.running.any()):
         slots, takes = choose_slots(draft, sampler, config)
+        if draft.pending is not None:
+            slots, takes = begin_keywords(draft, sampler, slots, takes)
         wrote, scores = write_tokens(draft, sampler, slots, takes, rules)
         draft.encode(config)
         draft.running &= wrote & (draft.budget.remaining > 0)
@@ -29,7 +32,7 @@ def write_sample(draft: Draft, config, rules: TokenRules, criteria, streamer) ->
             draft.running &= ~criteria(draft.texts(), scores)
         if hasattr(streamer, "put_draft"):
             streamer.put_draft(draft.texts().cpu())
-    return collect([finished_row(draft, row) for row in range(len(draft))], draft.pad, draft.ids.device)
+    return collect([finished_row(draft, row) for row in range(len(draft))], draft)
 
 
 class RowSampler:
@@ -71,7 +74,7 @@ def row_seed(seed: int, row: int) -> int:
 
 def choose_slots(draft: Draft, sampler: RowSampler, config) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the slots `[R, k]` to write into, best first, and whether each comes before STOP; `[R, k]` bool."""
-    scores = draft.choices(config)
+    scores = draft.choices(config, at_stop=True)
     if config.do_sample:
         if config.slot_temperature != 1.0:
             scores = TemperatureLogitsWarper(config.slot_temperature)(None, scores)
@@ -86,6 +89,42 @@ def choose_slots(draft: Draft, sampler: RowSampler, config) -> tuple[torch.Tenso
     return slots.clamp_min(0), takes
 
 
+def begin_keywords(draft, sampler, slots, takes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let rows that chose STOP begin a pending keyword instead, where p(slot) p(first token | slot) says so.
+
+    Rows with pending keywords write into one slot a step.
+    """
+    pending = draft.pending
+    takes = torch.cat([takes[:, :1], takes[:, 1:] & ~(pending.owes | pending.is_open)[:, None]], 1)
+    stopped = draft.running & pending.owes & ~takes[:, 0]
+    if not bool(stopped.any()):
+        return slots, takes
+    moves = [mine if stops else [] for mine, stops in zip(pending.moves(draft), stopped.tolist(), strict=True)]
+    moves = [[move for move in mine if move.begins] for mine in moves]
+    scores, counts = move_scores(draft, moves)
+    best = (scores + sampler.noise(scores, counts)).argmax(1).tolist()
+    for row in stopped.nonzero().squeeze(1).tolist():
+        move = moves[row][best[row]]
+        slots[row, 0], takes[row, 0], pending.wanted[row] = move.slot, True, move.token
+    return slots, takes
+
+
+def move_scores(draft: Draft, moves: list[list[Move]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return log p(slot) + log p(token | slot) of the moves of each row, `[R, M]`, and how many they are, `[R]`.
+
+    The slots are those of the moves; what follows the last move of a row is `-inf`.
+    """
+    allowed = torch.zeros(len(draft), draft.width, dtype=torch.bool, device=draft.ids.device)
+    for row, mine in enumerate(moves):
+        allowed[row, [move.slot for move in mine]] = True
+    places = draft.slot_scores(allowed, may_stop=~allowed.any(1)).log_softmax(1)
+    scores = places.new_full((len(moves), max(map(len, moves))), -torch.inf)
+    for row, mine in enumerate(moves):
+        log_p = places.new_tensor([move.log_p for move in mine])
+        scores[row, : len(mine)] = places[row, [move.slot for move in mine]] + log_p
+    return scores, torch.tensor([len(mine) for mine in moves], device=scores.device)
+
+
 def write_tokens(draft, sampler, slots, takes, rules: TokenRules) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose and write a token for every slot that is taken and has room, all from one state.
 
@@ -97,7 +136,8 @@ def write_tokens(draft, sampler, slots, takes, rules: TokenRules) -> tuple[torch
     """
     first_scores = None
     for q in range(slots.shape[1]):
-        acts = takes[:, q] & (draft.room(slots[:, q : q + 1])[:, 0] > 0)
+        # the first slot was chosen among those with room; what the step has written may have taken that of others
+        acts = takes[:, q] if q == 0 else takes[:, q] & (draft.room(slots[:, q : q + 1])[:, 0] > 0)
         scores = token_scores(draft, slots[:, q], acts, rules)
         first_scores = scores if first_scores is None else first_scores
         if bool(acts.any()):

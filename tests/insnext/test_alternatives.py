@@ -1,9 +1,9 @@
-"""What the model chooses before it writes: the order of keywords, and which of its forms a keyword has."""
+"""What the model chooses before it writes: which of its forms a keyword has."""
 
 import pytest
 import torch
 
-from modeling_insnext.insnext.canvas_choice import choose_keywords
+from modeling_insnext.insnext.canvas_choice import choose_forms
 from tests.support.generation_twins import TextTwin
 from tests.support.insnext import BOS, shipped_model
 from tests.support.one_canvas import MODEL
@@ -13,21 +13,6 @@ from tests.support.tokenizers import tiny_tokenizer
 # pieces that continue a word
 GLUES = torch.zeros(MODEL.config.vocab_size, dtype=torch.bool)
 GLUES[6:] = True
-
-
-def likeliest_order(keywords):
-    """Return the order by the definition: each in turn goes where p(slot) p(first token | slot) is largest."""
-    order = []
-    for new, forms in enumerate(keywords):
-        placed = [keywords[index][form] for index, form in order]
-        ids, ends = [BOS], [0]
-        for phrase in placed:
-            ids, ends = [*ids, *phrase], [*ends, ends[-1] + len(phrase)]
-        slots, _, tokens = TextTwin(MODEL, ids, range(len(ids))).scores()
-        p = slots[ends].softmax(0)[:, None] * tokens[ends].softmax(1)[:, [form[0] for form in forms]]
-        place, form = divmod(int(p.argmax()), len(forms))
-        order.insert(place, (new, form))
-    return order
 
 
 def form_log_p(left, form, right, glues=GLUES):
@@ -40,14 +25,16 @@ def form_log_p(left, form, right, glues=GLUES):
     return total
 
 
-def likeliest_forms(keywords, order, glues=GLUES):
-    for place, (index, _) in enumerate(order):
-        if len(keywords[index]) > 1:
-            left = [BOS, *(piece for k, form in order[:place] for piece in keywords[k][form])]
-            right = [piece for k, form in order[place + 1 :] for piece in keywords[k][form]]
-            scores = [form_log_p(left, form, right, glues) for form in keywords[index]]
-            order[place] = (index, scores.index(max(scores)))
-    return order
+def likeliest_forms(keywords, glues=GLUES):
+    chosen = [0] * len(keywords)
+    for place, forms in enumerate(keywords):
+        if len(forms) > 1:
+            standing = [mine[form] for mine, form in zip(keywords, chosen, strict=True)]
+            left = [BOS, *(piece for phrase in standing[:place] for piece in phrase)]
+            right = [piece for phrase in standing[place + 1 :] for piece in phrase]
+            scores = [form_log_p(left, form, right, glues) for form in forms]
+            chosen[place] = scores.index(max(scores))
+    return chosen
 
 
 def random_keywords(generator, most_forms):
@@ -63,30 +50,17 @@ def random_keywords(generator, most_forms):
     return keywords
 
 
-def test_unordered_keywords_stand_where_their_first_token_is_likeliest():
-    generator = torch.Generator().manual_seed(1)
-    orders = set()
-    for _ in range(25):
-        keywords = random_keywords(generator, most_forms=1)
-        expected = likeliest_order(keywords)
-        assert choose_keywords(MODEL, BOS, keywords, False, GLUES) == expected
-        orders.add(tuple(expected))
-    assert len(orders) > 4
-
-
-@pytest.mark.parametrize("ordered", [True, False])
-def test_every_keyword_has_the_form_that_is_likeliest_between_the_others(ordered):
+def test_every_keyword_has_the_form_that_is_likeliest_between_the_others():
     generator = torch.Generator().manual_seed(2)
     firsts, differ = 0, 0
-    for _ in range(10):
+    for _ in range(20):
         keywords = random_keywords(generator, most_forms=3)
-        order = [(index, 0) for index in range(4)] if ordered else likeliest_order(keywords)
-        chosen = choose_keywords(MODEL, BOS, keywords, ordered, GLUES)
-        assert chosen == likeliest_forms(keywords, list(order))
-        firsts += sum(form == 0 for _, form in chosen)
+        chosen = choose_forms(MODEL, BOS, keywords, GLUES)
+        assert chosen == likeliest_forms(keywords)
+        firsts += chosen.count(0)
         # control: without the end of the word shorter forms win
-        differ += chosen != likeliest_forms(keywords, list(order), torch.zeros_like(GLUES))
-    assert firsts < 10 * 4 and differ > 0
+        differ += chosen != likeliest_forms(keywords, torch.zeros_like(GLUES))
+    assert firsts < 20 * 4 and differ > 0
 
 
 @pytest.mark.parametrize("options", [{"keywords": [["old", "older"], "man"]}, {"keywords": ["man"], "ordered": False}])
@@ -100,30 +74,23 @@ def test_random_sets_of_keywords_stand_whole_each_in_one_of_its_forms(sets):
     tokenizer, model = tiny_tokenizer(), shipped_model()
     words = [["old", "older"], "man", ["sea", "seas", "the sea"], ["dog", "dogs"], "fox", "quick brown"]
     generator = torch.Generator().manual_seed(0)
-    for number in range(2):
-        rows = []
-        for _ in range(sets // 2):
-            count = int(torch.randint(2, 5, (1,), generator=generator))
-            rows.append([words[index] for index in torch.randperm(len(words), generator=generator)[:count].tolist()])
-        canvas = model.canvas(tokenizer, keywords=[[*row, "cat"] for row in rows], ordered=number == 0)
-        out = model.generate(**canvas, max_new_tokens=4, do_sample=True, seed=number, return_dict_in_generate=True)
-        for ids, steps, row in zip(out.sequences, out.insertion_steps, rows, strict=True):
-            text = tokenizer.decode(ids[steps == -1][1:])
-            forms = [[word] if isinstance(word, str) else word for word in [*row, "cat"]]
-            assert stands(text, forms, ordered=number == 0), (text, forms)
+    rows = []
+    for _ in range(sets):
+        count = int(torch.randint(2, 5, (1,), generator=generator))
+        rows.append([words[index] for index in torch.randperm(len(words), generator=generator)[:count].tolist()])
+    canvas = model.canvas(tokenizer, keywords=[[*row, "cat"] for row in rows])
+    out = model.generate(**canvas, max_new_tokens=4, do_sample=True, seed=1, return_dict_in_generate=True)
+    for ids, steps, row in zip(out.sequences, out.insertion_steps, rows, strict=True):
+        text = tokenizer.decode(ids[steps == -1][1:])
+        forms = [[word] if isinstance(word, str) else word for word in [*row, "cat"]]
+        assert stands(text, forms), (text, forms)
     # control: a keyword too few, in two forms, or in another order is no such text
     for text in (" old", " old older man", " man old"):
-        assert not stands(text, [["old", "older"], ["man"]], ordered=True)
+        assert not stands(text, [["old", "older"], ["man"]])
 
 
-def stands(text, forms, ordered):
-    """Whether a text is made of one form of each keyword."""
+def stands(text, forms):
+    """Whether a text is made of one form of each keyword, in order."""
     if not forms:
         return text == ""
-    heads = forms[:1] if ordered else forms
-    return any(
-        stands(text.removeprefix(f" {form}"), [other for other in forms if other is not head], ordered)
-        for head in heads
-        for form in head
-        if text.startswith(f" {form}")
-    )
+    return any(stands(text.removeprefix(f" {form}"), forms[1:]) for form in forms[0] if text.startswith(f" {form}"))

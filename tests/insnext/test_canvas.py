@@ -165,27 +165,39 @@ def test_keywords_follow_what_is_chosen():
     tokenizer = tokenizer_of("byte_level")
     seen = []
 
-    def reverse(keywords, ordered):
-        seen.append((keywords, ordered))
-        return [(index, len(keywords[index]) - 1) for index in range(len(keywords))][:: 1 if ordered else -1]
+    def last(keywords):
+        seen.append([[tokenizer.decode(ids) for ids in forms] for forms in keywords])
+        return [len(forms) - 1 for forms in keywords]
 
-    keywords = ["old man", ["sea", "seas"], "fish"]
-    canvas = build_canvas(tokenizer, keywords=keywords, ordered=False, choose=reverse)
-    assert decoded(canvas, tokenizer) == " fish seas old man"
-    assert decoded(build_canvas(tokenizer, keywords=keywords, choose=reverse), tokenizer) == " old man seas fish"
-    for (asked, ordered), expected in zip(seen, (False, True), strict=True):
-        forms = [[tokenizer.decode(ids) for ids in keyword] for keyword in asked]
-        assert (forms, ordered) == ([[" old man"], [" sea", " seas"], [" fish"]], expected)
+    canvas = build_canvas(tokenizer, keywords=["old man", ["sea", "seas"], "fish"], choose=last)
+    assert decoded(canvas, tokenizer) == " old man seas fish" and canvas.pending_ids is None
+    assert seen == [[[" old man"], [" sea", " seas"], [" fish"]]]
     # where nothing is to be chosen nobody is asked
-    assert decoded(build_canvas(tokenizer, keywords=["sea", "fish"], choose=reverse), tokenizer) == " sea fish"
-    assert len(seen) == 2
+    assert decoded(build_canvas(tokenizer, keywords=["sea", "fish"], choose=last), tokenizer) == " sea fish"
+    assert len(seen) == 1
+
+
+@every_kind
+def test_keywords_without_an_order_are_pending_in_all_their_forms(kind):
+    tokenizer = tokenizer_of(kind)
+    rows = [["old man", ["sea", "fish"]], ["dog"]]
+    canvas = build_canvas(tokenizer, keywords=rows, ordered=False, max_gap_tokens=9)
+    assert canvas.input_ids.tolist() == [[tokenizer.bos_token_id]] * 2 and bool(canvas.slot_mask.all())
+    assert canvas.max_gap_tokens.tolist() == [[9], [9]]
+    for row, keywords in enumerate(rows):
+        for keyword, forms in enumerate([word] if isinstance(word, str) else word for word in keywords):
+            for form, ids in zip(forms, canvas.pending_ids[row, keyword], strict=False):
+                # as they are where the order is given
+                [standing] = build_canvas(tokenizer, keywords=[form]).input_ids[:, 1:].tolist()
+                assert ids[ids >= 0].tolist() == standing
+    assert (canvas.pending_ids[1, 1] == -1).all() and (canvas.pending_ids[0, 0, 1] == -1).all()
 
 
 def test_a_list_among_strings_is_a_keyword_and_lists_alone_are_a_batch():
     tokenizer = tokenizer_of("byte_level")
 
-    def last(keywords, ordered):
-        return [(index, len(forms) - 1) for index, forms in enumerate(keywords)]
+    def last(keywords):
+        return [len(forms) - 1 for forms in keywords]
 
     one = build_canvas(tokenizer, keywords=[["sea", "seas"], "fish"], choose=last)
     two = build_canvas(tokenizer, keywords=[["sea", "seas"], ["fish"]], choose=last)
@@ -256,13 +268,12 @@ TEXT_ERRORS = {
     "max_gap_tokens has 1 entries .* 2 gaps": dict(text="The ___ fox ___", max_gap_tokens=[3]),
     "max_gap_tokens has 2 lists for 1 rows": dict(text="The ___ fox", max_gap_tokens=[[3], [3]]),
     "ordered=False is for keywords": dict(text="The ___", ordered=False),
-    "ordered=False and alternatives need choose": dict(keywords=["fox"], ordered=False),
-    "and alternatives need choose": dict(keywords=["fox", ["dog", "dogs"]]),
-    "return a permutation of 2 keywords, got \\[0, 0\\]": dict(
-        keywords=["fox", "dog"], ordered=False, choose=lambda keywords, ordered: [(0, 0), (0, 0)]
+    "alternatives in a given order need choose": dict(keywords=["fox", ["dog", "dogs"]]),
+    "a form of each of 2 keywords with \\[1, 2\\] forms, got \\[0, 2\\]": dict(
+        keywords=["fox", ["dog", "dogs"]], choose=lambda keywords: [0, 2]
     ),
-    "keep the order of 2 keywords, got \\[1, 0\\]": dict(
-        keywords=["fox", ["dog", "dogs"]], choose=lambda keywords, ordered: [(1, 0), (0, 0)]
+    "a form of each of 2 keywords .* got \\[0\\]": dict(
+        keywords=["fox", ["dog", "dogs"]], choose=lambda keywords: [0]
     ),
     "a list of its forms, got \\[\\] in row 0": dict(keywords=["fox", []]),
     "not blank, got 7 in row 0": dict(keywords=["fox", ["dog", 7]]),

@@ -23,6 +23,7 @@ EVERY_FIELD = dict(
     slot_window=8,
     slot_temperature=0.7,
     slot_top_p=0.9,
+    keyword_bias=3.0,
     seed=[1, 2, 3],
 )
 
@@ -111,6 +112,7 @@ BAD_VALUES = [
     ("slot_temperature", -1),
     ("slot_top_p", 0.0),
     ("slot_top_p", 1.5),
+    ("keyword_bias", float("inf")),
     ("seed", -1),
     ("seed", []),
     ("seed", [1, "2"]),
@@ -137,6 +139,7 @@ def test_a_bad_value_is_refused_by_name(name, value):
 GOOD_VALUES = [
     ("ebr_ratio", 0),
     ("slot_top_p", 1.0),
+    ("keyword_bias", -2),
     ("seed", 0),
     ("seed", [0, 2**63 - 1]),
     ("top_k", 0),

@@ -23,12 +23,15 @@ def observe(model, tokenizer, ids):
     """Return what is read off a model, here and, by its source, in the clean process."""
     canvas = model.canvas(tokenizer, ["the ___ man ___", "a ___{1,3} dog"])
     words = model.canvas(tokenizer, keywords=[["old man", "sea"]])
+    pending = model.canvas(tokenizer, keywords=[["sea", "the sea"], "fox"], ordered=False)
     calls = {
         "greedy": {**canvas},
         "ebr": {**canvas, "ebr": True, "ebr_ratio": 0.5},
         "sample": {**canvas, "do_sample": True, "top_p": 0.9, "seed": [1, 2], "num_return_sequences": 1},
         "parallel": {**canvas, "parallel_slots": 2},
         "keywords": {**words, "do_sample": True, "seed": 3},
+        "pending": {**pending, "do_sample": True, "seed": 3},
+        "pending_beams": {**pending, "num_beams": 3},
         "beams": {**canvas, "num_beams": 3},
         "left_to_right": {"input_ids": ids, "left_to_right": True, "do_sample": False},
         "left_to_right_beams": {"input_ids": ids, "left_to_right": True, "num_beams": 2},

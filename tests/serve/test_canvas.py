@@ -1,5 +1,8 @@
 """`/v1/canvas` and the events of a text that grows."""
 
+import re
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.support.serving import events, post, served, tiny_engine
@@ -75,6 +78,19 @@ def test_one_form_of_each_keyword_stands_in_the_text(url):
     assert canvas(url, **only)["usage"]["prompt_tokens"] > 0
 
 
+def test_keywords_without_an_order_are_written_whole_beside_texts_that_have_none(url):
+    # the second has no keyword, the third others
+    bodies = [
+        {"keywords": ["man", ["sea", "dog"]], "ordered": False, "max_tokens": 6},
+        {"text": "the ___ sea", "max_tokens": 6},
+        {"keywords": ["the old man"], "ordered": False, "max_tokens": 6},
+    ]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        texts = [answer["text"] for answer in pool.map(lambda body: canvas(url, **body), bodies)]
+    assert re.search(r"\bman\b", texts[0]) and re.search(r"\b(sea|dog)\b", texts[0])
+    assert texts[1].startswith("the") and re.search(r"\bthe old man\b", texts[2])
+
+
 def test_alternatives_hold_the_token_and_are_ranked(url):
     for token in canvas(url, **{**ASKED, "temperature": 0, "seed": None})["tokens"]:
         if token["step"]:
@@ -100,6 +116,7 @@ REFUSED = {
     "an empty keyword": ({"keywords": [" "]}, "not blank"),
     "too many gaps": ({"text": "a ___" * 65}, "at most 64"),
     "too many forms": ({"keywords": ["a", ["b"] * 65]}, "at most 64"),
+    "no room": ({"keywords": ["man", "sea"], "ordered": False, "max_tokens": 1}, "room for all pending keywords"),
     "minima": ({"text": "the ___{80} sea", "max_tokens": 8}, "minima"),
     "greedy nucleus": ({"text": "the ___ sea", "top_p": 0.5}, "temperature must be above 0"),
     "a path": ({"text": "the ___ sea", "model": "../../etc"}, "does not exist here"),
