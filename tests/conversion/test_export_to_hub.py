@@ -49,6 +49,7 @@ def refusal(capsys, *arguments) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("real_processes")
 def test_a_model_becomes_a_folder_with_everything(architecture, tmp_path, capsys):
     source, target = save_model(architecture, tmp_path / "source"), tmp_path / "new" / "tiny"
     (tmp_path / "results.json").write_text(json.dumps([RESULT]))

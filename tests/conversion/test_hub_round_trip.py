@@ -1,8 +1,5 @@
 """Pushed to a local stub of the Hub and loaded from it by a clean process: the same output, or an error."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from huggingface_hub import constants
@@ -69,13 +66,12 @@ def test_an_export_arrives_whole_and_says_the_same(architecture, tmp_path, reach
 
 
 @pytest.mark.parametrize("architecture", MAKERS)
-def test_push_to_hub_of_transformers_and_peft_arrives_too(architecture, tmp_path, reach):
+def test_push_to_hub_of_transformers_and_peft_arrives_too(architecture, tmp_path, reach, run_python):
     source = save_model(architecture, tmp_path / "source")
     adapter = save_adapter(architecture, tmp_path / "lora")
     with HubStub() as hub:
         reach(hub)
-        command = [sys.executable, "-c", PUSH, str(source), str(adapter)]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        done = run_python("-c", PUSH, source, adapter, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
         model, tokenizer = MAKERS[architecture](), tiny_tokenizer()
         verify(model, tokenizer, "AutoModelForCausalLM", "tester/plain", offline=False)

@@ -20,8 +20,11 @@ SMALL = {"num_lower_layers": 1, "retrieval_groups": [1]}
 
 @pytest.mark.parametrize(
     ("changes", "strict"),
-    [({}, False), ({"landmark_source": "mean", "position_encoding": "rope"}, True), ({"retriever": "fixed"}, False)],
-    ids=["token", "mean, rope, strict", "fixed"],
+    [
+        pytest.param({}, False, id="token", marks=pytest.mark.slow),
+        pytest.param({"landmark_source": "mean", "position_encoding": "rope"}, True, id="mean, rope, strict"),
+        pytest.param({"retriever": "fixed"}, False, id="fixed", marks=pytest.mark.slow),
+    ],
 )
 def test_a_graph_takes_any_batch_and_any_padding(changes, strict):
     model = tiny_model(**SMALL, **changes)

@@ -110,13 +110,19 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return same_bits(first, second)
 
 
+# one of each script is killed; of the others the folder is taken as it is at that step
+KILLED = ("sentences", "keywords", "single-insnext", "choice")
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_killed_run_goes_on_to_the_same_losses_and_weights(case, home, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    metrics = run(*arguments(home, whole, case), tmp_path / "whole.log")
     kill_at = random.Random(case).randint(3, STEPS - 1)
-    run(*arguments(home, parts, case), tmp_path / "killed.log", kill_at=kill_at)
-    assert not (parts / "trainer_state.json").exists()
+    copy_at = None if case in KILLED else (kill_at, str(parts))
+    metrics = run(*arguments(home, whole, case), tmp_path / "whole.log", copy_at=copy_at)
+    if case in KILLED:
+        run(*arguments(home, parts, case), tmp_path / "killed.log", kill_at=kill_at)
+    assert parts.is_dir() and not (parts / "trainer_state.json").exists()
     again = run(*arguments(home, parts, case), tmp_path / "resumed.log")
     assert "going on from" in (tmp_path / "resumed.log").read_text()
 

@@ -13,6 +13,8 @@ import keyword_forms
 import pytest
 import report
 
+from tests.support.script_models import save_tiny_model
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
@@ -31,6 +33,14 @@ def data_dir(tmp_path_factory):
         with gzip.open(path, "wt") if name.endswith(".gz") else open(path, "w") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A tiny model in place of the checkpoint that the tables are made with."""
+    folder = tmp_path_factory.mktemp("tiny")
+    save_tiny_model("insnext", folder)
+    return ["--checkpoint", str(folder)]
 
 
 def run_here(name: str, args: list[str]) -> None:
@@ -55,8 +65,16 @@ def test_a_script_is_run_in_a_process_of_its_own_and_its_failure_is_told(tmp_pat
         report.run_script("run_me.py", ["a", "b"])
 
 
-def test_the_table_of_classifiers_is_written_and_goes_on(data_dir, tmp_path, monkeypatch):
-    args = ["--data_dir", str(data_dir), "--output", str(tmp_path / "table"), "--runs", str(tmp_path / "runs")]
+def test_the_table_of_classifiers_is_written_and_goes_on(data_dir, checkpoint, tmp_path, monkeypatch):
+    args = [
+        *checkpoint,
+        "--data_dir",
+        str(data_dir),
+        "--output",
+        str(tmp_path / "table"),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     args += ["--max_steps", "2", "--batch_size", "4", "--seeds", "0", "1"]
     monkeypatch.setattr(classification_table, "run_script", run_here)
     report = classification_table.main(args)
@@ -71,8 +89,16 @@ def test_the_table_of_classifiers_is_written_and_goes_on(data_dir, tmp_path, mon
     assert classification_table.main(args)["results"] == report["results"]
 
 
-def test_the_table_of_commongen_is_written_and_goes_on(data_dir, tmp_path, monkeypatch):
-    args = ["--data_dir", str(data_dir), "--output", str(tmp_path / "table"), "--runs", str(tmp_path / "runs")]
+def test_the_table_of_commongen_is_written_and_goes_on(data_dir, checkpoint, tmp_path, monkeypatch):
+    args = [
+        *checkpoint,
+        "--data_dir",
+        str(data_dir),
+        "--output",
+        str(tmp_path / "table"),
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     args += ["--max_steps", "2"]
     monkeypatch.setattr(commongen_table, "run_script", run_here)
     report = commongen_table.main(args)
@@ -100,10 +126,10 @@ def test_the_interval_of_seeds_is_student_s():
     assert classification_table.spread([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"
 
 
-def test_the_table_of_decodings_has_a_row_a_setting(data_dir, tmp_path, monkeypatch):
+def test_the_table_of_decodings_has_a_row_a_setting(data_dir, checkpoint, tmp_path, monkeypatch):
     kept = {name: decoding_defaults.SETTINGS[name] for name in (decoding_defaults.PLAIN, "repetition_penalty 1.3")}
     monkeypatch.setattr(decoding_defaults, "SETTINGS", kept)
-    report = decoding_defaults.main(["--data_dir", str(data_dir), "--output", str(tmp_path / "table")])
+    report = decoding_defaults.main([*checkpoint, "--data_dir", str(data_dir), "--output", str(tmp_path / "table")])
     assert set(report["results"]) == set(kept)
     assert report["results"][decoding_defaults.PLAIN]["p"] == 1
     lines = (tmp_path / "table.md").read_text().split("\n")
@@ -115,8 +141,8 @@ def test_a_text_loops_if_a_pair_of_words_stands_in_it_twice():
     assert not decoding_defaults.loops("A dog and a cat and the bird, red red.") and not decoding_defaults.loops("")
 
 
-def test_the_table_of_forms_covers_every_concept_in_some_form(data_dir, tmp_path):
-    report = keyword_forms.main(["--data_dir", str(data_dir), "--output", str(tmp_path / "table")])
+def test_the_table_of_forms_covers_every_concept_in_some_form(data_dir, checkpoint, tmp_path):
+    report = keyword_forms.main([*checkpoint, "--data_dir", str(data_dir), "--output", str(tmp_path / "table")])
     rows = {(row["order"], row["keywords"]): row for row in report["results"]}
     assert len(rows) == 4 and all(row["any_form"] == 1 for row in rows.values())
     assert all(

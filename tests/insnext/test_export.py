@@ -23,7 +23,7 @@ def exported(model, **fields):
     ).module()
 
 
-@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("attn", ["eager", pytest.param("sdpa", marks=pytest.mark.slow)])
 def test_the_exported_model_reads_other_batches_lengths_and_padding(attn):
     model = tiny_model(attn=attn)
     graph = exported(model, input_ids=IDS, attention_mask=MASKS["all ones"])

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import forked
+
 
 HIDE = """
 import sys
@@ -24,8 +26,11 @@ sys.meta_path.insert(0, Hidden())
 def run_clean(
     code: str, folder: Path, *arguments: str, hidden=("modeling_insnext", "insnext_kernels"), **environment: str
 ) -> subprocess.CompletedProcess:
-    """Run code in `folder`, with an empty cache of its own, without a network and with the packages `hidden`."""
+    """Run code in `folder`, with an empty cache of its own, without a network and with the packages `hidden`.
+
+    The process is forked from one that has imported PyTorch and nothing of Hugging Face or of this repository.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     own = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", HIDE.format(hidden=tuple(hidden)) + code, *arguments]
-    return subprocess.run(command, cwd=folder, env={**kept, **own, **environment}, capture_output=True, text=True)
+    return forked.run(command, folder, {**kept, **own, **environment})

@@ -4,6 +4,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -14,19 +15,29 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = EXAMPLES / "scripts"
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["datasets", "peft", "transformers.trainer", "modeling_insnext.insertion_trainer"])
+FORKS.set_forkserver_preload(["tests.support.preloaded"])
+
+
+def at_the_end_of(step: int, act) -> None:
+    """Have `act(output_dir)` called at the end of an optimiser step, before anything is saved for it."""
+    from transformers import TrainerCallback, trainer
+
+    class Actor(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                act(args.output_dir)
+
+    trainer.DEFAULT_CALLBACKS.append(Actor)
 
 
 def kill_in_training(step: int) -> None:
-    """Have this process killed at the end of an optimiser step, before anything is saved for it."""
-    from transformers import TrainerCallback, trainer
+    """Have this process killed at the end of an optimiser step."""
+    at_the_end_of(step, lambda output_dir: os.kill(os.getpid(), signal.SIGKILL))
 
-    class Killer(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step == step:
-                os.kill(os.getpid(), signal.SIGKILL)
 
-    trainer.DEFAULT_CALLBACKS.append(Killer)
+def copy_in_training(step: int, target: str) -> None:
+    """Have the output folder copied at the end of an optimiser step: what a process killed there leaves."""
+    at_the_end_of(step, lambda output_dir: shutil.copytree(output_dir, target))
 
 
 def kill_in_scoring(module, step: int) -> None:
@@ -58,7 +69,9 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def _child(script: str, arguments: list[str], log: str, kill_at: int | None, group: tuple | None) -> None:
+def _child(
+    script: str, arguments: list[str], log: str, kill_at: int | None, copy_at: tuple | None, group=None
+) -> None:
     sys.path.insert(0, str(SCRIPTS))
     sys.argv = [script, *arguments]
     with open(log, "w") as file:
@@ -70,6 +83,8 @@ def _child(script: str, arguments: list[str], log: str, kill_at: int | None, gro
         module = importlib.import_module(script)
         if kill_at is not None:
             kill_in_scoring(module, kill_at) if script == "run_scoring" else kill_in_training(kill_at)
+        if copy_at is not None:
+            copy_in_training(*copy_at)
         metrics = module.main(arguments)
         Path(log + ".json").write_text(json.dumps(metrics))
     except BaseException:
@@ -78,9 +93,18 @@ def _child(script: str, arguments: list[str], log: str, kill_at: int | None, gro
         os._exit(1)
 
 
-def run(script: str, arguments: list[str], log: Path, kill_at: int | None = None) -> dict:
-    """Return what `main` returned; with `kill_at` nothing, once the process was killed there."""
-    child = FORKS.Process(target=_child, args=(script, arguments, str(log), kill_at, None))
+def run(
+    script: str,
+    arguments: list[str],
+    log: Path,
+    kill_at: int | None = None,
+    copy_at: tuple[int, str] | None = None,
+) -> dict:
+    """Return what `main` returned; with `kill_at` nothing, once the process was killed there.
+
+    `copy_at` names a step at whose end the output folder is copied, and the copy.
+    """
+    child = FORKS.Process(target=_child, args=(script, arguments, str(log), kill_at, copy_at))
     child.start()
     child.join()
     if kill_at is not None:
@@ -95,7 +119,7 @@ def run_group(script: str, arguments: list[str], log: Path, world_size: int = 2)
     port, logs = free_port(), [log.with_suffix(f".{rank}") for rank in range(world_size)]
     groups = [(rank, world_size, port) for rank in range(world_size)]
     children = [
-        FORKS.Process(target=_child, args=(script, arguments, str(file), None, group))
+        FORKS.Process(target=_child, args=(script, arguments, str(file), None, None, group))
         for file, group in zip(logs, groups, strict=True)
     ]
     for child in children:
