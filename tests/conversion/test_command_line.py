@@ -1,8 +1,10 @@
 """`python -m conversion.from_...`: folders in, folders out, refusals on the last line and nothing written."""
 
 import json
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from conversion import convert, from_gpt2, from_llama, from_modernbert, from_roberta
 from conversion.checkpoint import check_folder, read_tensors
 from conversion.folders import OF_THE_SOURCE
+from tests.support import forked
 from tests.support.equality import same_bits, within_rounding
 from tests.support.sources import encoder, random_ids, source_model
 
@@ -20,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--chunk_size", "5", "--num_retrieved_chunks", "2", "--num_encoder_layers", "1"]
 
 
-def run(module, *arguments):
+def run(module, *arguments, start=forked.run):
     command = [sys.executable, "-m", f"conversion.{module}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return start(command, cwd=ROOT, env=dict(os.environ))
 
 
 def call(module, *arguments):
@@ -60,7 +63,8 @@ def llama(tmp_path):
 
 
 def test_llama_to_drt_and_back_from_the_shell(llama, tmp_path):
-    done = run("from_llama", llama, tmp_path / "drt", "--to", "drt", "--retrieval_groups", "1,1", *SMALL)
+    start = partial(subprocess.run, capture_output=True, text=True)
+    done = run("from_llama", llama, tmp_path / "drt", "--to", "drt", "--retrieval_groups", "1,1", *SMALL, start=start)
     assert done.returncode == 0, done.stderr
     assert "39 tensors converted" in done.stdout and "new: model.layers.3.cross_attn.o_proj.weight" in done.stdout
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "drt")

@@ -106,8 +106,9 @@ def test_control_a_state_that_stands_for_other_orders_breaks_the_bound(monkeypat
     assert max(abs(score - texts[text]) for text, score in found) > 1e-3
 
 
-def test_more_beams_than_texts_find_the_likeliest_text_of_random_models():
-    for seed in range(24):
+@pytest.mark.parametrize("seeds", [range(8), pytest.param(range(8, 24), marks=pytest.mark.slow)], ids=["8", "16 more"])
+def test_more_beams_than_texts_find_the_likeliest_text_of_random_models(seeds):
+    for seed in seeds:
         model = writing_model(seed=seed, vocab_size=6)
         texts = all_texts(3, model=model)
         [(found, score)] = searched(len(texts), model, max_new_tokens=3)

@@ -1,4 +1,4 @@
-"""What is given survives every way of writing: 500 random canvases, every decode mode, every rule checked on the text.
+"""What is given survives every way of writing: random canvases, every decode mode, every rule checked on the text.
 
 The checker knows the canvas and the output only: it finds each written token's gap by the given tokens around it.
 """
@@ -128,13 +128,28 @@ def budget(data, canvas):
     return limit, data.draw(st.integers(0, min(can_take)))
 
 
-@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_every_given_token_closed_gap_word_and_bound_survives_every_decode_mode(data):
+def survives(data):
     canvas, options = data.draw(canvases()), data.draw(modes())
     limit, least = budget(data, canvas)
     out = MODEL.generate(**canvas, max_new_tokens=limit, min_new_tokens=least, return_dict_in_generate=True, **options)
     check(canvas, out, limit, least, options)
+
+
+def of_random_canvases(count):
+    return settings(max_examples=count, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@of_random_canvases(150)
+@given(data=st.data())
+def test_every_given_token_closed_gap_word_and_bound_survives_every_decode_mode(data):
+    survives(data)
+
+
+@pytest.mark.slow
+@of_random_canvases(2000)
+@given(data=st.data())
+def test_two_thousand_canvases_survive_every_decode_mode(data):
+    survives(data)
 
 
 PARALLEL = {"parallel_slots": 3, "do_sample": True, "seed": 3, "slot_temperature": 9.0}
