@@ -10,6 +10,7 @@ import os
 import runpy
 import sys
 import traceback
+from contextlib import suppress
 
 
 def enter(job: dict) -> None:
@@ -65,7 +66,9 @@ def child(job: dict) -> int:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for name in sys.argv[1:]:
-        importlib.import_module(name)
+        # what is not installed cannot be imported beforehand
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     for line in sys.stdin:
         pid = os.fork()
         if not pid:
