@@ -5,7 +5,7 @@ gives its whole text, behind BOS. An edit replaces the smallest run of tokens ou
 new text agree, the common beginning taken first. So a letter typed inside a word changes the tokens of that word,
 whatever the cursor was between.
 
-What equals what (float64, to rounding; `tests/insnext/test_document.py`):
+What equals what (float64, to 1e-9; `tests/insnext/test_document.py`):
 
     after open(), refresh()        the text encoded as a whole, as `generate` encodes the given text of a canvas
     after edits that only insert   forward(ids, positions, horizon) over the insertions in their order, tokens of one

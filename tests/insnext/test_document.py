@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from modeling_insnext.insnext.cache import InsertionCache
 from modeling_insnext.insnext.canvas_pieces import token_ids
 from modeling_insnext.insnext.live_draft import LiveDraft
-from tests.support.edit_history import EditHistory, everything, held, is_its_history
-from tests.support.equality import same_bits, within_rounding
+from tests.support.edit_history import EditHistory, agree, everything, held, is_its_history
+from tests.support.equality import same_bits
 from tests.support.insnext import tiny_model
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -184,7 +184,7 @@ def test_insertions_alone_are_a_forward_pass_over_them_in_their_order(encoding):
         hidden = document.model.model(
             draft.ids[:, :size], positions=draft.ranks[:, :size], horizon=horizon
         ).last_hidden_state
-    assert within_rounding(draft.hidden[:, :size], hidden)
+    assert agree(draft.hidden[:, :size], hidden)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -192,10 +192,10 @@ def test_after_a_refresh_a_document_is_the_text_opened_anew_and_before_it_is_not
     document, _ = opened(encoding)
     document.replace(4, 7, "young")
     anew, _ = opened(encoding, document.text)
-    assert not within_rounding(document.draft.state, anew.draft.state)
+    assert not agree(document.draft.state, anew.draft.state)
     assert max(document.staleness) == document.draft.changes > 0
     document.refresh()
-    assert within_rounding(held(document), held(anew))
+    assert agree(held(document), held(anew))
     assert set(document.staleness) == {0}
     document.undo()
     assert document.text == "the old man and the sea" and is_its_history(document, opened(encoding)[1])
@@ -207,7 +207,7 @@ def test_deleting_what_was_inserted_leaves_the_document_as_it_was_but_for_stalen
     before = everything(document)
     document.insert(8, "young ")
     document.delete(8, 14)
-    assert within_rounding(held(document), {name: before[name] for name in held(document)})
+    assert agree(held(document), {name: before[name] for name in held(document)})
     assert document.staleness != before["changed_at"][0].tolist()
 
 
@@ -264,7 +264,7 @@ def test_at_a_drift_of_0_a_document_is_always_fresh_and_without_one_never_again(
     for document in (watched, patient):
         document.insert(7, " old")
         document.delete(0, 3)
-    assert within_rounding(held(watched), held(opened(encoding, watched.text)[0])) and watched.drift == 0
+    assert agree(held(watched), held(opened(encoding, watched.text)[0])) and watched.drift == 0
     assert patient.drift > 0 and max(patient.staleness) > 0
     patient.undo()
     patient.undo()
@@ -280,7 +280,7 @@ def test_what_the_model_writes_drifts_and_refreshes_as_what_is_typed(encoding):
         texts.append(document.text)
         assert (document.drift > 0) == (limit == 1e9)
     assert len(set(texts)) == 1
-    assert within_rounding(held(document), held(opened(encoding, document.text)[0]))
+    assert agree(held(document), held(opened(encoding, document.text)[0]))
 
 
 def test_drift_is_the_relative_change_of_the_token_right_of_the_edit_or_left_at_the_end():
