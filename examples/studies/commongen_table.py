@@ -2,8 +2,9 @@
 
     python examples/studies/commongen_table.py --data_dir DATA --output examples/studies/results/commongen
 
-The concepts as they are, in the order given or in the one the model likes best, are the canvas; it writes around them,
-greedily, into one place a step or into up to four. Coverage counts concepts that stand in the text as whole words.
+The concepts as they are, in the order given, are the canvas, or they are placed while the text is written; it writes
+around them, greedily, into one place a step or into up to four. Coverage counts concepts that stand in the text as
+whole words.
 BLEU is sacrebleu's, all references, without case, with the 95 % interval of a bootstrap over texts; the p-values are
 of its paired bootstrap. The adapter is trained by `run_finetuning.py` on CommonGen's training texts, which the
 pre-trained model has seen in its mixture. A training that ended is not run again: interrupted, the command goes on.
@@ -27,7 +28,7 @@ from modeling_insnext import InsNextForInsertionLM
 ORDERS = {
     "one place a step": {},
     "four places a step": {"parallel_slots": 4},
-    "concepts in the model's order": {"ordered": False},
+    "concepts placed while writing": {"ordered": False},
 }
 PRETRAINED, EBR_OFF = "pre-trained", "EBR off"
 

@@ -1,5 +1,8 @@
 """CommonGen dev: concepts as they are given, or each in one of its regular English forms, which the model chooses.
 
+In the given order the forms are chosen before anything is written; without an order, form, place and order are chosen
+while the text is written.
+
     python examples/studies/keyword_forms.py --data_dir DATA
 
 Greedy, with the checkpoint's re-encoding and a penalty of 1.3 on repetition. Coverage counts concepts that stand in
@@ -20,7 +23,7 @@ from modeling_insnext import InsNextForInsertionLM
 from modeling_insnext.data import inflections
 
 
-ORDERS = {"the given order": True, "the model's order": False}
+ORDERS = {"the given order": True, "no order, placed while writing": False}
 
 
 @dataclass
