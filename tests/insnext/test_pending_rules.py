@@ -239,3 +239,25 @@ def test_what_cannot_be_kept_is_refused_before_any_work(case, monkeypatch):
     monkeypatch.setattr(MODEL.model, "forward", lambda *args, **kwargs: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
         MODEL.generate(**canvas, **{"max_new_tokens": 8 if "max_length" not in options else None, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"do_sample": True, "seed": [5, 6, 7], "top_k": 0}, {"num_beams": 3}, {"ebr": True, "slot_window": 2}],
+)
+def test_a_row_is_written_as_it_is_alone(options):
+    sets = [[[[6, 3], [7, 9, 10]], [[9]]], [], [[[12]], [[4, 8]], [[7], [7, 5]]]]
+    ids, forms = torch.tensor([[BOS, 4], [BOS, 6], [BOS, 9]]), padded(sets)
+
+    def texts(rows, seeds):
+        canvas = Canvas.from_ids(
+            ids[rows], slot_mask=ids[rows] > 0, continuation_mask=CANVAS.continuation_mask, pending_ids=forms[rows]
+        )
+        mine = {**options, "seed": seeds} if "seed" in options else options
+        out = MODEL.generate(**canvas, max_new_tokens=9, return_dict_in_generate=True, **mine)
+        return [row[steps != -2].tolist() for row, steps in zip(out.sequences, out.insertion_steps, strict=True)]
+
+    alone = [texts([row], options["seed"][row : row + 1] if "seed" in options else None)[0] for row in range(3)]
+    assert texts([0, 1, 2], options.get("seed")) == alone
+    # control: other keywords make another text
+    assert len({tuple(text) for text in alone}) == 3
