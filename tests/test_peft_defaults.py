@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -10,8 +11,6 @@ from modeling_insnext import DrtConfig, InsNextConfig
 from tests.support.clean_process import run_clean
 from tests.support.equality import same_bits, within_rounding
 
-
-peft = pytest.importorskip("peft")
 
 SIZES = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 CONFIGS = {

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+import transformers
 
 from modeling_insnext.data import ContextMixture, InsertionCollator
 from tests.support.equality import same_bits
 
 
-transformers = pytest.importorskip("transformers")
 FEATURES = [{"input_ids": [1, *range(3 + i, 12 + i)]} for i in range(12)]
 
 

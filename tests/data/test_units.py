@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,8 +55,6 @@ def test_a_vocabulary_without_marks_is_refused():
 
 
 def test_real_tokenizers_cut_between_words():
-    tokenizers = pytest.importorskip("tokenizers")
-    transformers = pytest.importorskip("transformers")
     trained = tokenizers.ByteLevelBPETokenizer()
     trained.train_from_iterator(["the players left the field.", "players don't play"] * 3, 290, special_tokens=["<s>"])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, bos_token="<s>")

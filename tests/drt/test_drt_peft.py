@@ -1,5 +1,6 @@
 """Adapters: they train, they generate, and merging and reloading change nothing."""
 
+import peft
 import pytest
 import torch
 
@@ -7,8 +8,6 @@ from modeling_insnext import DrtForCausalLM, DrtForSequenceClassification
 from tests.support.drt import random_ids, shipped_model, tiny_model, whole
 from tests.support.equality import same_bits, within_rounding
 
-
-peft = pytest.importorskip("peft")
 
 IDS = random_ids(2, 33)
 GREEDY = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}

@@ -90,8 +90,24 @@ def in_segments(model, ids, lengths, past=None, mask=None):
             column = end
 
 
-@every_config
-@pytest.mark.parametrize("step", [1, 7])
+# every shape token by token, and in segments what differs in how a segment is read
+SEGMENTED = (
+    "x2",
+    "stream",
+    "cls",
+    "mean",
+    "chunks_of_eight",
+    "no_window",
+    "landmark_attention",
+    "memory",
+    "by_token",
+    "gpt2",
+)
+STEPS = [pytest.param(changes, 1, id=f"{name}-1") for name, changes in CONFIGS.items()]
+STEPS += [pytest.param(CONFIGS[name], 7, id=f"{name}-7") for name in SEGMENTED]
+
+
+@pytest.mark.parametrize(("changes", "step"), STEPS)
 def test_decoding_and_segments_of_any_length_are_one_pass(changes, step):
     model, ids = tiny_model(**changes), random_ids(2, LENGTH)
     past = ChunkMemoryCache(model.config)
@@ -143,8 +159,11 @@ def test_where_chunks_lie_changes_nothing(name, location, tmp_path):
     assert worst(in_segments(model, ids, [6, 1, 11], past), whole(model, ids)) < CLOSE
 
 
-@every_config
-@pytest.mark.parametrize("last", [1, 4])
+LASTS = [pytest.param(changes, 1, id=f"{name}-1") for name, changes in CONFIGS.items()]
+LASTS += [pytest.param(CONFIGS[name], 4, id=f"{name}-4") for name in SEGMENTED]
+
+
+@pytest.mark.parametrize(("changes", "last"), LASTS)
 def test_lower_layers_suffice_for_what_no_last_position_sees(changes, last, monkeypatch):
     changes = {**changes, **({"sliding_window": 7} if changes == {} else {})}
     model, ids = tiny_model(**changes), random_ids(2, 90)

@@ -12,7 +12,6 @@ from tests.support.drt import padded, random_ids, read, tiny_model, whole
 from tests.support.equality import same_bits, within_rounding
 
 
-pytest.importorskip("faiss")
 CLOSE = {"rtol": 0, "atol": 1e-10}
 
 

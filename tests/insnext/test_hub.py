@@ -1,8 +1,9 @@
 """A checkpoint as a folder: what is in it, shards, subfolders, and what importing the package costs."""
 
 import json
-import subprocess
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modeling_insnext
 from modeling_insnext import InsertionGenerationConfig, InsNextForInsertionLM
+from tests.support import forked
 from tests.support.equality import same_bits, within_rounding
 from tests.support.insnext import random_ids, shipped_model
 from tests.support.tokenizers import tiny_tokenizer
@@ -119,7 +121,7 @@ import modeling_insnext
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print("NEW", *sorted(new - set(sys.stdlib_module_names)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = forked.run([sys.executable, "-c", code], Path(__file__).parents[2], dict(os.environ))
     assert done.returncode == 0, done.stderr
     # the kernels' package, where it is installed, imports torch only
     assert done.stdout.split("NEW")[1].split() == ["insnext_kernels", "modeling_insnext", "transformers"]

@@ -1,5 +1,6 @@
 """Weights that are elsewhere until a module is called, or that no float tensor holds."""
 
+import accelerate
 import pytest
 import torch
 from torch.utils._pytree import tree_map_only
@@ -10,8 +11,6 @@ from modeling_insnext.insnext.slots import InsNextSlotHead
 from tests.support.equality import difference
 from tests.support.insnext import tiny_model
 
-
-accelerate = pytest.importorskip("accelerate")
 
 IDS = torch.tensor([[1, 5, 9, 4], [1, 7, 3, 8]])
 POSITIONS = torch.tensor([[0, 2, 1, 3]] * 2)

@@ -1,5 +1,6 @@
 """Adapters: what they reach, that they train, and that merging and reloading change nothing."""
 
+import peft
 import pytest
 import torch
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
@@ -11,8 +12,6 @@ from tests.support.equality import same_bits, within_rounding
 from tests.support.insnext import SHIPPED_VOCAB, random_ids, shipped_model
 from tests.support.tokenizers import tiny_tokenizer
 
-
-peft = pytest.importorskip("peft")
 
 IDS = random_ids(2, 6)
 POSITIONS = torch.tensor([[0, 4, 1, 3, 2, 5]] * 2)

@@ -1,13 +1,12 @@
 """Virtual tokens of PEFT: read from left to right exactly as they stand, refused where text is inserted."""
 
+import peft
 import pytest
 import torch
 
 from tests.support.equality import difference
 from tests.support.insnext import tiny_model
 
-
-peft = pytest.importorskip("peft")
 
 IDS = torch.tensor([[1, 5, 9, 4], [1, 7, 3, 8]])
 METHODS = {

@@ -1,5 +1,6 @@
 """Data without a length is read again and again, in other orders each time, and resumed where it was left."""
 
+import datasets
 import pytest
 import torch
 from torch.utils.data import IterableDataset
@@ -78,7 +79,6 @@ def test_workers_read_the_same_stream(tmp_path):
 
 
 def test_a_shuffled_stream_is_told_its_pass():
-    datasets = pytest.importorskip("datasets")
     stream = datasets.Dataset.from_list(TEXTS).to_iterable_dataset().shuffle(seed=0, buffer_size=5)
     rows = [row for row, _ in zip(Passes(stream), range(15), strict=False)]
     orders = [tuple(row["input_ids"][1] for row in rows[first : first + 5]) for first in (0, 5, 10)]

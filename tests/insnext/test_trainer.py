@@ -2,6 +2,7 @@
 
 import copy
 
+import datasets
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -260,7 +261,6 @@ def test_gradient_checkpointing_changes_no_gradient(tmp_path, left_to_right):
 
 def test_the_flags_of_a_text_reach_the_collator(tmp_path):
     """Columns that are no argument of `forward` (`given`) would be dropped by a plain `Trainer`."""
-    datasets = pytest.importorskip("datasets")
     rows = [{**text, "given": [True] * 3 + [False] * (len(text["input_ids"]) - 3), "text": "x"} for text in texts()]
     seen = []
 

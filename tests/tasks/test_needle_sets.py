@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.utils.data import DataLoader
 
 from modeling_insnext.tasks import NeedleDataset, NeedleTask, draw_needles, needle_sets, read_needles, write_needles
@@ -267,7 +268,6 @@ class Recorder(torch.nn.Module):
 
 
 def test_trainer_takes_it_as_it_is_and_tells_it_the_epoch(tmp_path):
-    transformers = pytest.importorskip("transformers")
     tasks = [(make_task("passkey"), 1), (make_task("multi_key"), 1)]
     dataset, model = NeedleDataset(tasks, HAYSTACK, 512, 4), Recorder()
     arguments = transformers.TrainingArguments(

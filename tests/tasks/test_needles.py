@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -314,7 +315,6 @@ def test_blocks_join_to_the_cyclic_text(size, first, length):
 
 
 def test_a_real_tokenizer_writes_the_phrases():
-    transformers = pytest.importorskip("transformers")
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(MINI / "tokenizer.json"))
     tokenizer.add_special_tokens({"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"})
     sample = draw_needles(NeedleTask("passkey", tokenizer), HAYSTACK, 512, 0)
