@@ -53,3 +53,29 @@ def test_a_model_quantised_by_torchao_is_saved_and_loaded(name, tmp_path):
     assert type(loaded.model.layers[0].mlp.up_proj.weight) is type(model.model.layers[0].mlp.up_proj.weight)
     parts = [layer.mlp.up_proj.weight.dequantize() for layer in (model.model.layers[0], loaded.model.layers[0])]
     assert same_bits(*parts)
+
+
+def kept_whole(model) -> list[str]:
+    """Return the linear layers whose weights are what they were."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    return [name for name, module in linear.items() if type(module.weight) is torch.nn.Parameter]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_torchao_takes_every_projection_and_leaves_the_tied_head(name, tmp_path):
+    model_class, make = MODELS[name]
+    make(dtype=torch.float32).save_pretrained(tmp_path)
+    config = CONFIGS["torchao int8 weights"]()
+    assert kept_whole(model_class.from_pretrained(tmp_path, quantization_config=config)) == ["lm_head"]
+
+
+def test_the_slot_head_is_left_out_where_that_is_asked_and_stays_out_when_saved(tmp_path):
+    insnext.tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
+    config = TorchAoConfig(quantization.Int8WeightOnlyConfig(), modules_to_not_convert=["slot_head", "lm_head"])
+    model = InsNextForInsertionLM.from_pretrained(tmp_path, quantization_config=config)
+    model.save_pretrained(tmp_path / "small")
+    loaded = InsNextForInsertionLM.from_pretrained(tmp_path / "small")
+    names = ["left_proj", "right_proj", "state_proj", "query_proj", "key_proj"]
+    for each in (model, loaded):
+        assert kept_whole(each) == [*(f"slot_head.{name}" for name in names), "lm_head"]
+    assert same_bits(model.slot_head.query_proj.weight, loaded.slot_head.query_proj.weight)
