@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
 from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_triton import prepare_triton, triton_attention
 from .cache import InsertionCache
@@ -111,13 +112,29 @@ def insertion_offsets(interval: Interval) -> torch.Tensor:
 
 
 def alibi_bias(offsets: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Return -left * max(-offset, 0) - right * max(offset, 0)."""
-    return -left * (-offsets).clamp_min(0) - right * offsets.clamp_min(0)
+    """Return -left * max(-offset, 0) - right * max(offset, 0), slopes not negative."""
+    return torch.minimum(left * offsets, -right * offsets)
+
+
+def text_offsets(interval: Interval) -> torch.Tensor:
+    """Return what `insertion_offsets` does; where positions are ranks, without counting."""
+    if not interval.ranked:
+        return insertion_offsets(interval)
+    rank_BK = interval.positions_BK
+    return rank_BK[:, None] - rank_BK.gather(1, interval.entries_BQ)[..., None]
 
 
 def dense_bias(interval: Interval, slopes_2H: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return the additive `[B, H, Q, K]` mask of `eager` and `sdpa`: insertion ALiBi, `-inf` on invisible keys."""
-    offsets_BQK = insertion_offsets(interval)
+    """Return the additive `[B, H, Q, K]` mask of `eager`: insertion ALiBi, `-inf` on invisible keys."""
+    return _additive(insertion_offsets(interval), interval, slopes_2H, dtype)
+
+
+def text_bias(interval: Interval, slopes_2H: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return the mask of `sdpa`: the same, by `text_offsets`."""
+    return _additive(text_offsets(interval), interval, slopes_2H, dtype)
+
+
+def _additive(offsets_BQK, interval: Interval, slopes_2H, dtype):
     left_H11, right_H11 = slopes_2H.to(torch.promote_types(dtype, torch.float32))[..., None, None]
     bias_BHQK = alibi_bias(offsets_BQK[:, None], left_H11, right_H11)
     return bias_BHQK.masked_fill(~visible_keys(interval)[:, None], -torch.inf).to(dtype)
@@ -156,6 +173,27 @@ def eager_attention(
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     weights = torch.nn.functional.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def sdpa_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """PyTorch's attention, which on CPUs reads keys that heads share in place; Transformers' copies them a head."""
+    if torch.is_grad_enabled() or query.device.type != "cpu":
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
+        return attend(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout)
+    shares = query.shape[1] != key.shape[1]
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=shares
+    )
+    return out.transpose(1, 2), None
 
 
 def flex_attention(
@@ -208,7 +246,7 @@ class IntervalBackend(NamedTuple):
 
 INTERVAL_BACKENDS = {
     "eager": IntervalBackend(dense_bias, eager_attention),
-    "sdpa": IntervalBackend(dense_bias),
+    "sdpa": IntervalBackend(text_bias, sdpa_attention),
     "flex_attention": IntervalBackend(flex_interval, flex_attention),
 }
 
@@ -241,7 +279,7 @@ register_interval_backend("insnext_triton", prepare_triton, triton_attention)
 
 def interval_backend(name: str) -> IntervalBackend:
     """Return the backend of an implementation; one that InsNeXt does not know gets the dense additive mask."""
-    return INTERVAL_BACKENDS.get(name, INTERVAL_BACKENDS["sdpa"])
+    return INTERVAL_BACKENDS.get(name, IntervalBackend(text_bias))
 
 
 def full_interval(attention_mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

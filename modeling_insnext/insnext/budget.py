@@ -24,6 +24,8 @@ class Budget:
         limit: int64 `[R]`.
         homes: bool `[R, G]`, gaps at whose right edge a keyword may stand, whatever else is written into them.
         owed: int64 `[R]`, tokens that keywords which are left to be written take at least; None without any.
+        is_bounded: Whether a gap has bounds of its own or keywords are owed; else each has room for all that its row
+            may write.
     """
 
     def __init__(self, canvas: Canvas, limit: torch.Tensor, least: int = 0):
@@ -33,6 +35,7 @@ class Budget:
         if canvas.pending_ids is not None:
             lengths_RKF = (canvas.pending_ids >= 0).sum(3)
             self.owed = owed_tokens(lengths_RKF, (lengths_RKF > 0).any(2))[0]
+        self.is_bounded = self.owed is not None or bool(((self.minima > 0) | (self.maxima >= 0)).any())
 
     @classmethod
     def resolve(cls, canvas: Canvas, config, model_config) -> "Budget":
@@ -151,7 +154,8 @@ class Budget:
 
     def must_go_on(self) -> torch.Tensor:
         """Return, bool `[R]`, which rows may not stop yet: too few tokens written, or a gap below its minimum."""
-        return (self.written.sum(1) < self.least) | (self.deficit > 0).any(1)
+        too_few = self.written.sum(1) < self.least
+        return too_few | (self.deficit > 0).any(1) if self.is_bounded else too_few
 
     def take(self, gaps: torch.Tensor, counts: torch.Tensor) -> None:
         """Count what each row has written into one of its gaps, `gaps` and `counts` int64 `[R]`."""

@@ -25,10 +25,10 @@ class InsertionLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states, capacity)
         elif self.keys.shape[2] < capacity:
-            self.keys, self.values = (_grown(buffer, capacity) for buffer in (self.keys, self.values))
-        row_B1 = torch.arange(len(entries_BQ), device=entries_BQ.device)[:, None]
-        self.keys[row_B1, :, entries_BQ] = key_states.transpose(1, 2)
-        self.values[row_B1, :, entries_BQ] = value_states.transpose(1, 2)
+            self.keys, self.values = (grown(buffer, capacity) for buffer in (self.keys, self.values))
+        index_B1Q1 = entries_BQ[:, None, :, None]
+        self.keys.scatter_(2, index_B1Q1.expand(key_states.shape), key_states)
+        self.values.scatter_(2, index_B1Q1.expand(value_states.shape), value_states)
 
     def update(self, key_states, value_states, *args, **kwargs):
         raise TypeError("an InsertionLayer is written through its InsertionCache, which knows the rows' lengths")
@@ -54,13 +54,15 @@ class InsertionCache(Cache):
 
     Attributes:
         lengths: int64 `[B]`, entries held by each row.
+        turned: Copies of the keys as rotary steps read them, None where there are none (see rotary_step).
     """
 
     def __init__(self, batch_size: int, max_length: int | None = None, device=None):
         super().__init__(layer_class_to_replicate=InsertionLayer)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.max_length = max_length
-        self._longest = 0
+        self.turned = None
+        self._longest, self._written = 0, None
 
     @property
     def longest(self) -> int:
@@ -82,16 +84,28 @@ class InsertionCache(Cache):
             ValueError: If a row would outgrow `max_length`.
         """
         Q = key_states.shape[2]
-        if layer_idx == 0 and self.max_length is not None and not torch.compiler.is_compiling():
-            if self.longest + Q > self.max_length:
-                raise ValueError(f"the cache holds at most {self.max_length} entries a row, got {self.longest} + {Q}")
+        if layer_idx == 0:
+            if self.max_length is not None and not torch.compiler.is_compiling():
+                if self.longest + Q > self.max_length:
+                    raise ValueError(
+                        f"the cache holds at most {self.max_length} entries a row, got {self.longest} + {Q}"
+                    )
+            self._written = None
         while len(self.layers) <= layer_idx:
             self.layers.append(self.layer_class_to_replicate())
         layer = self.layers[layer_idx]
         held = layer.get_seq_length()
         needed = self.key_length(Q)
-        layer.write(key_states, value_states, self.entries(Q), needed if needed <= held else max(needed, 2 * held))
+        layer.write(key_states, value_states, self._columns(Q), needed if needed <= held else max(needed, 2 * held))
         return layer.keys[:, :, :needed], layer.values[:, :, :needed]
+
+    def _columns(self, new_tokens: int) -> torch.Tensor:
+        # the layers of one pass write into the same columns; what a compiled graph makes is not kept outside of it
+        if torch.compiler.is_compiling():
+            return self.entries(new_tokens)
+        if self._written is None:
+            self._written = self.entries(new_tokens)
+        return self._written
 
     def advance(self, new_tokens: int, counts: torch.Tensor | None = None) -> None:
         """Count the tokens just written: `new_tokens` in every row, or `counts` `[B]` of them, the rest padding."""
@@ -133,10 +147,15 @@ class InsertionCache(Cache):
 
     def select_rows(self, rows: torch.Tensor) -> None:
         """Keep the given rows, in that order; a row may be named several times."""
-        self.lengths = self.lengths[rows]
+        self.lengths, turned = self.lengths[rows], self.turned
+        # columns in use, or a bound of them, before rows are measured anew
+        used = self.key_length(0)
         for layer in self.layers:
-            layer.keys, layer.values = layer.keys[rows], layer.values[rows]
+            layer.keys, layer.values = (selected(buffer, rows, used) for buffer in (layer.keys, layer.values))
         self._measure()
+        if turned is not None:
+            turned.select_rows(rows, used)
+            self.turned = turned
 
     def overwrite_rows(self, rows: torch.Tensor, other: "InsertionCache") -> None:
         """Replace whole rows by the rows of another cache."""
@@ -145,7 +164,7 @@ class InsertionCache(Cache):
         for mine, theirs in zip(self.layers, other.layers, strict=True):
             width = min(other.longest, theirs.keys.shape[2])
             if mine.keys.shape[2] < width:
-                mine.keys, mine.values = (_grown(buffer, width) for buffer in (mine.keys, mine.values))
+                mine.keys, mine.values = (grown(buffer, width) for buffer in (mine.keys, mine.values))
             mine.keys[rows, :, :width] = theirs.keys[:, :, :width]
             mine.values[rows, :, :width] = theirs.values[:, :, :width]
 
@@ -161,6 +180,8 @@ class InsertionCache(Cache):
         return copy
 
     def _measure(self) -> None:
+        """Measure the rows once they have changed otherwise than by growing; turned keys do not outlive that."""
+        self.turned = None
         if self.max_length is None:
             self._longest = int(self.lengths.max()) if len(self.lengths) else 0
 
@@ -177,10 +198,26 @@ class InsertionCache(Cache):
         self.select_rows(torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(repeats))
 
 
-def _grown(buffer: torch.Tensor, capacity: int) -> torch.Tensor:
+def grown(buffer: torch.Tensor, capacity: int) -> torch.Tensor:
+    """Return a longer buffer `[B, H, capacity, D]` that begins with this one."""
     grown = buffer.new_zeros(*buffer.shape[:2], capacity, buffer.shape[3])
     grown[:, :, : buffer.shape[2]] = buffer
     return grown
+
+
+def selected(buffer: torch.Tensor, rows: torch.Tensor, used: int) -> torch.Tensor:
+    """Return a buffer `[B, H, capacity, D]` that holds its given rows, in that order.
+
+    Where the number of rows stays, it is the same buffer: only rows that move are copied, and of them the columns that
+    are in use.
+    """
+    if len(rows) != len(buffer):
+        return buffer[rows]
+    moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+    if len(moved) > 0:
+        part = buffer[:, :, :used]
+        part.index_copy_(0, moved, part.index_select(0, rows[moved]))
+    return buffer
 
 
 __all__ = ["InsertionCache"]

@@ -154,23 +154,24 @@ class Draft:
             tokens: int64 `[R]`.
             acts: bool `[R]`, rows that write.
         """
-        row_R = torch.arange(len(self), device=slots.device)
-        entry = torch.where(acts, self.lengths, self.capacity)
-        rank = self.ranks[row_R, slots] + 1
-        self.ranks += (self.ranks >= rank[:, None]) & acts[:, None]
-        kept = self.following[row_R, self.capacity].clone()
-        self.ids[row_R, entry] = tokens
-        self.ranks[row_R, entry] = rank
-        self.following[row_R, entry] = self.following[row_R, slots]
-        self.following[row_R, slots] = torch.where(acts, entry, self.following[row_R, slots])
-        self.following[row_R, self.capacity] = kept
-        self.gaps[row_R, entry] = self.gaps[row_R, slots]
-        self.steps[row_R, entry] = self.step
-        self.words_end[row_R, entry] = False
-        self.budget.take(self.gaps[row_R, slots], acts.long())
-        self.lengths = self.lengths + acts.long()
+        entry_R1 = torch.where(acts, self.lengths, self.capacity)[:, None]
+        slot_R1, acts_R1, counts = slots[:, None], acts[:, None], acts.long()
+        rank_R1 = self.ranks.gather(1, slot_R1) + 1
+        after_R1, gap_R1 = self.following.gather(1, slot_R1), self.gaps.gather(1, slot_R1)
+        kept = self.following[:, self.capacity].clone()
+        self.ranks += (self.ranks >= rank_R1) & acts_R1
+        self.ids.scatter_(1, entry_R1, tokens[:, None])
+        self.ranks.scatter_(1, entry_R1, rank_R1)
+        self.following.scatter_(1, entry_R1, after_R1)
+        self.following.scatter_(1, slot_R1, torch.where(acts_R1, entry_R1, after_R1))
+        self.following[:, self.capacity] = kept
+        self.gaps.scatter_(1, entry_R1, gap_R1)
+        self.steps.scatter_(1, entry_R1, self.step)
+        self.words_end.scatter_(1, entry_R1, False)
+        self.budget.take(gap_R1.squeeze(1), counts)
+        self.lengths = self.lengths + counts
         if self.pending is not None:
-            self.pending.advance(self, slots, entry, acts)
+            self.pending.advance(self, slots, entry_R1.squeeze(1), acts)
 
     def encode(self, config) -> None:
         """Encode what was written since the last call or, where EBR strikes, the whole text anew; this ends a step.
@@ -181,15 +182,12 @@ class Draft:
         Args:
             config: Its `ebr`, `ebr_ratio` and `ebr_window` count.
         """
-        counts = self.lengths - self.cache.lengths
-        strikes = torch.zeros_like(counts, dtype=torch.bool)
+        counts, rows = self.lengths - self.cache.lengths, ()
         if config.ebr:
             strikes = self.lengths - self.encoded_together > config.ebr_ratio * self.encoded_together
-            strikes &= counts > 0
-        if bool((~strikes & (counts > 0)).any()):
-            self._append(torch.where(strikes, 0, counts))
-        if bool(strikes.any()):
-            rows = strikes.nonzero().squeeze(1)
+            rows = (strikes & (counts > 0)).nonzero().squeeze(1)
+        self._append(counts if len(rows) == 0 else counts.index_fill(0, rows, 0))
+        if len(rows) > 0:
             first = torch.zeros_like(rows)
             if config.ebr_window is not None:
                 first = torch.minimum(
@@ -202,15 +200,19 @@ class Draft:
         self.step += 1
 
     def _append(self, counts: torch.Tensor) -> None:
-        """Encode the last `counts` entries of each row behind its cache; they see one another."""
+        """Encode the last `counts` entries of each row behind its cache, if there are any; they see one another."""
+        asked = counts.tolist()
+        Q, all_act = max(asked), min(asked) > 0
+        if Q == 0:
+            return
         rows = torch.arange(len(self), device=counts.device)
-        Q = int(counts.max())
-        before = self.cache.lengths
-        hidden, entries = self._forward(rows, self.cache, before, counts, Q)
+        hidden, entries = self._forward(rows, self.cache, self.cache.lengths, counts, Q)
         self.cache.advance(Q, counts)
-        acts = counts > 0
         self.encoded_tokens = self.encoded_tokens + counts
-        self._settle(rows[acts], entries[acts], hidden[acts])
+        if not all_act:
+            acts = counts > 0
+            rows, entries, hidden = rows[acts], entries[acts], hidden[acts]
+        self._settle(rows, entries, hidden)
 
     def encode_block(self, rows: torch.Tensor, first: torch.Tensor) -> None:
         """Encode the entries from `first` on of the given rows anew, as one block over the untouched older ones."""
@@ -239,7 +241,7 @@ class Draft:
         horizon = torch.where(real, (first + counts - 1)[:, None], entries)
         start = torch.where(real, 0, entries)
         ids = self.ids[rows[:, None], entries.clamp_max(self.capacity)]
-        positions = self.ranks[rows][:, : cache.key_length(Q)]
+        positions = self.ranks[:, : cache.key_length(Q)][rows]
         if positions.shape[1] < cache.key_length(Q):
             positions = torch.nn.functional.pad(positions, (0, cache.key_length(Q) - positions.shape[1]))
         # behind a cache the tokens of a causal block are missing left of some keys that are there
@@ -248,6 +250,8 @@ class Draft:
         hidden = self.encoder(
             input_ids=ids, past_key_values=cache, interval=interval, advance_cache=False
         ).last_hidden_state
+        if Q == 1:
+            return hidden, entries
         last = torch.minimum(offset, (counts - 1).clamp_min(0)[:, None])
         index = last[..., None].expand(-1, -1, hidden.shape[-1])
         return hidden.gather(1, index), first[:, None] + last
@@ -267,6 +271,9 @@ class Draft:
 
     def _preceding(self, rows, entries) -> torch.Tensor:
         """Return the entry left of each entry; of the first token of the text, itself."""
+        if entries.shape[1] == 1:
+            # no room behind a text and no right edge has an entry on its right
+            return (self.following[rows, : self.capacity] == entries).int().argmax(1, keepdim=True)
         width = int(self.lengths[rows].max())
         present = torch.arange(width, device=rows.device) < self.lengths[rows][:, None]
         rank = torch.where(present, self.ranks[rows][:, :width], width)
@@ -288,6 +295,8 @@ class Draft:
     def room(self, slots: torch.Tensor) -> torch.Tensor:
         """Return how many tokens the gaps of the given slots `[R, S]` may still take, 0 where a slot is closed."""
         gaps = self.gaps.gather(1, slots)
+        if not self.budget.is_bounded:
+            return torch.where(gaps >= 0, self.budget.remaining[:, None], 0)
         return torch.where(gaps >= 0, self.budget.room().gather(1, gaps.clamp_min(0)), 0)
 
     def open_slots(self, window: int | None) -> torch.Tensor:

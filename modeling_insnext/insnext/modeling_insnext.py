@@ -43,6 +43,7 @@ from .layers import InsNextAttention, InsNextBlock, block_norm
 from .packing import BOUNDARIES, LONGEST, packed_starts, with_packed_texts
 from .rope import rope_of
 from .rotary import ROTARY_BACKENDS
+from .rotary_step import is_step, rotary_step
 from .scoring import InsertionScoringMixin
 from .slot_losses import divisor, insertion_losses, mean_losses
 from .slots import InsNextSlotHead
@@ -151,6 +152,8 @@ class InsNextModel(InsNextPreTrainedModel):
         # the last block of a post-norm model like BERT ends with its norm
         self.norm = nn.Identity() if config.norm == "post_layernorm" else block_norm(config)
         self.rope = rope_of(config) if config.position_encoding == "rotary" else None
+        # numbers, as in `Rope`
+        self.slopes = alibi_slopes(config.num_attention_heads, config.alibi_slope_ratio, "cpu").tolist()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -219,7 +222,7 @@ class InsNextModel(InsNextPreTrainedModel):
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.embed_norm is not None:
             hidden_states = self.embed_norm(hidden_states)
-        prepared = self._prepare(interval, hidden_states)
+        prepared = self._prepare(interval, hidden_states, past_key_values)
         for layer in self.layers:
             hidden_states = layer(hidden_states, attention_mask=prepared, past_key_values=past_key_values)
         if advance_cache and isinstance(past_key_values, InsertionCache):
@@ -241,16 +244,23 @@ class InsNextModel(InsNextPreTrainedModel):
             raise ValueError(f"a text holds at most max_position_embeddings={limit} tokens, got {length}")
         return interval
 
-    def _prepare(self, interval: Interval, hidden_states: torch.Tensor):
+    def _prepare(self, interval: Interval, hidden_states: torch.Tensor, past: Cache | None):
         name, encoding = self.config._attn_implementation, self.config.position_encoding
-        interval = interval._replace(causal_blocks=self.config.block_attention == "causal")
+        # a block of one token has no right side
+        causal_blocks = self.config.block_attention == "causal" and interval.entries_BQ.shape[1] > 1
+        interval = interval._replace(causal_blocks=causal_blocks)
         if encoding != "alibi" and name not in ("eager", "sdpa"):
             raise ValueError(f'position_encoding="{encoding}" needs attn_implementation eager or sdpa, got {name!r}')
         if encoding == "sinusoidal":
             return insertion_offsets(interval), visible_keys(interval)
         if encoding == "rotary":
+            if name == "sdpa" and is_step(interval, past):
+                return rotary_step(interval, self.rope, hidden_states.dtype, past)
+            if isinstance(past, InsertionCache):
+                # what is written now is not among them
+                past.turned = None
             return ROTARY_BACKENDS[name](interval, self.rope, hidden_states.dtype)
-        slopes = alibi_slopes(self.config.num_attention_heads, self.config.alibi_slope_ratio, hidden_states.device)
+        slopes = torch.tensor(self.slopes, dtype=torch.float64, device=hidden_states.device)
         return interval_backend(name).prepare(interval, slopes, hidden_states.dtype)
 
 
@@ -418,9 +428,8 @@ class InsNextForInsertionLM(InsNextPreTrainedModel, InsertionGenerationMixin, In
         """
         logits = self.lm_head(states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        structure_V = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        structure_V[self.config.never_inserted] = True
-        return logits.masked_fill(structure_V, -torch.inf)
+        structure = torch.tensor(self.config.never_inserted, dtype=torch.long, device=logits.device)
+        return logits.index_fill(-1, structure, -torch.inf)
 
     def _left_to_right_logits(self, hidden, logits_to_keep):
         """Return log-probabilities `[B, T, V]`: STOP or the rightmost slot, times the token in it."""

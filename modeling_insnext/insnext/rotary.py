@@ -18,9 +18,8 @@ from typing import NamedTuple
 
 import torch
 from transformers.integrations.sdpa_attention import repeat_kv
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import Interval, insertion_offsets, visible_keys
+from .attention import Interval, insertion_offsets, sdpa_attention, visible_keys
 from .rope import Rope, turn
 
 
@@ -68,8 +67,7 @@ class RotarySegments(NamedTuple):
         key = turn(key, *self.key_turns)
         if self.pair_BQK is None:
             query = turn(query, *self.query_turns)
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
-            return attend(module, query, key, value, self.mask_B1QK, scaling=module.scaling, dropout=dropout)
+            return sdpa_attention(module, query, key, value, self.mask_B1QK, module.scaling, dropout)
         B, H, Q, D = query.shape
         P, (KV, K) = self.owner_BP.shape[1], key.shape[1:3]
         query = query.gather(2, self.owner_BP[:, None, :, None].expand(B, H, P, D))
@@ -91,12 +89,12 @@ def _weighted(module, scores_BHQK, value_BHKD, dropout):
 def rotary_pairs(interval: Interval, rope: Rope, dtype: torch.dtype) -> RotaryPairs:
     """Return what `eager` attends by."""
     cos, sin = rope.turns(insertion_offsets(interval)[:, None], dtype)
-    return RotaryPairs((cos * rope.factor, sin * rope.factor), _mask(interval, dtype))
+    return RotaryPairs((cos * rope.factor, sin * rope.factor), additive_mask(visible_keys(interval), dtype))
 
 
 def rotary_segments(interval: Interval, rope: Rope, dtype: torch.dtype) -> RotarySegments:
     """Return what `sdpa` attends by."""
-    entries_BQ, mask_B1QK = interval.entries_BQ, _mask(interval, dtype)
+    entries_BQ, mask_B1QK = interval.entries_BQ, additive_mask(visible_keys(interval), dtype)
     base_BK = interval.positions_BK if interval.ranked else text_ranks(interval)
     own_BQ = base_BK.gather(1, entries_BQ)
     owner_BP = pair_BQK = None
@@ -150,8 +148,9 @@ def text_ranks(interval: Interval) -> torch.Tensor:
     return rank_BK - text_BK if start_BQ.shape == positions_BK.shape else rank_BK
 
 
-def _mask(interval: Interval, dtype: torch.dtype) -> torch.Tensor:
-    hidden_B1QK = ~visible_keys(interval)[:, None]
+def additive_mask(visible_BQK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return `[B, 1, Q, K]`, `-inf` on invisible keys."""
+    hidden_B1QK = ~visible_BQK[:, None]
     return torch.zeros_like(hidden_B1QK, dtype=dtype).masked_fill(hidden_B1QK, -torch.inf)
 
 

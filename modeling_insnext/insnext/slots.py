@@ -202,8 +202,12 @@ class InsNextSlotHead(nn.Module):
 
     def position_logits(self, query: torch.Tensor, slot_keys: torch.Tensor) -> torch.Tensor:
         """Return the capped logits `[..., Q, S]` of keys `[..., S, D]` for queries `[..., Q, D]`, float32 or wider."""
-        scores = (query @ slot_keys.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32))
-        return self.cap * torch.tanh(scores * self.scaling / self.cap)
+        return self.capped(query @ slot_keys.transpose(-1, -2))
+
+    def capped(self, products: torch.Tensor) -> torch.Tensor:
+        """Return the capped logits of products of queries and keys, float32 or wider."""
+        scores = products.to(torch.promote_types(products.dtype, torch.float32))
+        return self.cap * torch.tanh(scores * (self.scaling / self.cap))
 
     def stop_logit(self, query: torch.Tensor) -> torch.Tensor:
         """Return the capped logit of STOP, `[..., Q]`."""
@@ -211,8 +215,9 @@ class InsNextSlotHead(nn.Module):
 
     def choice_logits(self, query: torch.Tensor, slot_keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """Return the logits of the slots and, last, of STOP, `[..., Q, S + 1]`; `-inf` where a slot is not allowed."""
-        slots = self.position_logits(query, slot_keys).masked_fill(~allowed, -torch.inf)
-        return torch.cat([slots, self.stop_logit(query)[..., None]], -1)
+        products = torch.cat([query @ slot_keys.transpose(-1, -2), query @ self().stop_key[:, None]], -1)
+        stays = nn.functional.pad(allowed, (0, 1), value=True)
+        return self.capped(products).masked_fill(~stays, -torch.inf)
 
     def log_p(self, query: torch.Tensor, slot_keys: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
         """Return log p(slot or STOP), `[..., Q, S + 1]`, STOP last.

@@ -93,7 +93,8 @@ def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: T
     if rules.bans.acts and len(rows):
         texts = zip(scores, draft.texts_as_lists(rows), draft.ranks[rows, slots[rows]].tolist(), strict=True)
         scores = torch.stack([rules.bans.add_to(scores_V, text, rank + 1) for scores_V, text, rank in texts])
-    scores_RV = scores.new_zeros(len(draft), scores.shape[1]).index_copy(0, rows, scores)
+    all_act = len(rows) == len(draft)
+    scores_RV = scores if all_act else scores.new_zeros(len(draft), scores.shape[1]).index_copy(0, rows, scores)
     if rules.processors or rules.allowed_tokens is not None:
         seen = draft.around(torch.where(acts, slots, draft.last_slots()))
         if rules.allowed_tokens is not None:
@@ -105,7 +106,7 @@ def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: T
         scores_RV = scores_RV + rules.keyword_bias * sets.begin
         plain_RV = torch.zeros_like(scores_RV).index_copy(0, rows, plain)
         scores_RV = torch.where(sets.is_forced, plain_RV.masked_fill(~sets.forced, -torch.inf), scores_RV)
-    return scores_RV.masked_fill(~acts[:, None], -torch.inf)
+    return scores_RV if all_act else scores_RV.masked_fill(~acts[:, None], -torch.inf)
 
 
 def _forbidden(draft, rows, seen, scores, rules: TokenRules) -> torch.Tensor:

@@ -54,6 +54,10 @@ class RowSampler:
             seeds = seed if isinstance(seed, (list, tuple)) else [row_seed(seed, row) for row in range(rows)]
             self.generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
 
+    def add_noise(self, scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Return what is to be compared: scores and, sampling, noise."""
+        return scores + self.noise(scores, lengths) if self.do_sample else scores
+
     def noise(self, scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return Gumbel noise `[R, S]` of which row r draws its first `lengths[r]`, or zeros without sampling."""
         if not self.do_sample:
@@ -82,10 +86,12 @@ def choose_slots(draft: Draft, sampler: RowSampler, config) -> tuple[torch.Tenso
             scores = TopPLogitsWarper(config.slot_top_p)(None, scores)
     # STOP draws first: its place in the row must not depend on how wide the batch is
     scores = scores.roll(1, 1)
-    scores = scores + sampler.noise(scores, draft.lengths + 1)
+    scores = sampler.add_noise(scores, draft.lengths + 1)
     ranked = scores.topk(min(config.parallel_slots, scores.shape[1]), dim=1)
     slots = ranked.indices - 1
-    takes = (ranked.values.isfinite() & (slots >= 0)).long().cumprod(1).bool()
+    takes = ranked.values.isfinite() & (slots >= 0)
+    if takes.shape[1] > 1:
+        takes = takes.long().cumprod(1).bool()
     return slots.clamp_min(0), takes
 
 
@@ -142,7 +148,7 @@ def write_tokens(draft, sampler, slots, takes, rules: TokenRules) -> tuple[torch
         first_scores = scores if first_scores is None else first_scores
         if bool(acts.any()):
             # only rows that fill a slot draw for it, so that no row's draws depend on its neighbours
-            best = (scores + sampler.noise(scores, acts * scores.shape[1])).max(1)
+            best = sampler.add_noise(scores, acts * scores.shape[1]).max(1)
             barred = acts & best.values.isneginf()
             if bool(barred.any()):
                 raise nothing_to_write(int(draft.origins[barred.nonzero()[0, 0]]))

@@ -208,6 +208,22 @@ def test_selected_rows_of_a_cache_are_the_rows_named():
         assert difference(step[index : index + 1], alone[:, -1:]) < BUDGET
 
 
+def test_rows_of_a_cache_that_stay_where_they_are_are_not_copied():
+    model, cache = tiny_model(), InsertionCache(3)
+    ids, positions = ragged([6, 6, 6], 2)
+    hidden_of(model, ids[:, :5], positions=ranks_so_far(positions, [5] * 3, 5), past_key_values=cache)
+    before = [(layer.keys, layer.keys.clone(), layer.values, layer.values.clone()) for layer in cache.layers]
+    rows = torch.tensor([1, 0, 2])
+    cache.select_rows(rows)
+    for layer, (keys, old_keys, values, old_values) in zip(cache.layers, before, strict=True):
+        assert layer.keys is keys and layer.values is values
+        for buffer, old in ((keys, old_keys), (values, old_values)):
+            assert same_bits(buffer[:, :, :5], old[rows, :, :5])
+    # control: where rows are added, all are copied
+    cache.select_rows(torch.tensor([0, 1, 2, 2]))
+    assert cache.layers[0].keys is not before[0][0] and len(cache.layers[0].keys) == 4
+
+
 def test_a_full_static_cache_refuses_more():
     model, cache = tiny_model(), InsertionCache(1, 3)
     ids = torch.tensor([[1, 5, 6]])
