@@ -96,7 +96,7 @@ def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: T
     all_act = len(rows) == len(draft)
     scores_RV = scores if all_act else scores.new_zeros(len(draft), scores.shape[1]).index_copy(0, rows, scores)
     if rules.processors or rules.allowed_tokens is not None:
-        seen = draft.around(torch.where(acts, slots, draft.last_slots()))
+        seen = draft.around(slots if all_act else torch.where(acts, slots, draft.last_slots()))
         if rules.allowed_tokens is not None:
             scores_RV = scores_RV.masked_fill(_forbidden(draft, rows.tolist(), seen, scores_RV, rules), -torch.inf)
         barred = scores_RV.isneginf()
