@@ -7,6 +7,7 @@ by m_j = r(j) - b_j since, where r(j) is its rank in the text as it is now, and 
 text meets it under e_ij = r_i - m_j. A token that is written gets b such that it has moved as far as the token left of
 it. So m rises along the text, by steps at the places where something was written: P of them and one, however much was
 written there. A query is turned P times; once P grows beyond `MOST_MOVES`, all keys are turned anew.
+The cache holds half as much again.
 
     text            a  b  x  y  c  d       a b c d were turned as they stood, then x and y were written
     r               0  1  2  3  4  5
