@@ -99,8 +99,12 @@ def main():
 
 def save(args, ratios: list[Ratio], left_out: dict[str, str], began: float) -> None:
     minutes = round((time.time() - began) / 60, 1)
+    line = command(__file__)
+    # where models lie is each reader's own
+    for path, name in ((args.model, "CONVERTED"), (args.source, "LLAMA")):
+        line = line.replace(path, name)
     report = {
-        "command": command(__file__),
+        "command": line,
         "ratios": [asdict(ratio) for ratio in ratios],
         "left_out": left_out,
         "environment": environment(threads=1, dtype="float32", minutes=minutes),
