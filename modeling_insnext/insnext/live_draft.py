@@ -17,7 +17,7 @@ from .canvas import Canvas
 from .draft import PER_ROW, Draft
 
 
-NUMBERS = ("ids", "ranks", "following", "steps", "gaps", "words_end", "changed_at")
+NUMBERS = ("ids", "ranks", "following", "steps", "gaps", "words_end", "keywords", "changed_at")
 VECTORS = ("left", "right", "slots", "keys", "hidden")
 
 
@@ -161,7 +161,7 @@ class LiveDraft(Draft):
         ranks = self.ranks[:, :N]
         self.gaps[:, :N] = canvas.gap_ids.gather(1, ranks)
         self.words_end[:, :N] = canvas.word_end_mask.gather(1, ranks)
-        self.steps[:, :N] = -1
+        self.steps[:, :N], self.keywords[:, :N] = -1, -1
         self.budget, self.step = budget, 1
         self.running = torch.ones_like(self.running)
         self.reencoded_at, self.reencoded_tokens = [[]], [[]]
@@ -204,7 +204,7 @@ class LiveDraft(Draft):
         new = slice(N, N + count)
         self.ranks[:, new] = torch.arange(first, first + count, device=self.ids.device)
         self.ids[:, new] = torch.tensor(tokens, dtype=torch.long, device=self.ids.device)
-        self.steps[:, new], self.gaps[:, new], self.words_end[:, new] = -1, -1, False
+        self.steps[:, new], self.gaps[:, new], self.keywords[:, new], self.words_end[:, new] = -1, -1, -1, False
         self.lengths = self.lengths + count
 
     def _relink(self) -> None:
