@@ -31,7 +31,7 @@ def test_the_smoke_run_has_every_row_and_says_what_it_left_out(tmp_path, monkeyp
     ("asked", "rule"), [(["--rows", "stpes"], "rows must be of"), (["--steps", "3"], "at least 4")]
 )
 def test_what_cannot_be_measured_is_refused(asked, rule, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark_cpu.py", *asked.split()])
+    monkeypatch.setattr(sys, "argv", ["benchmark_cpu.py", *asked])
     with pytest.raises(ValueError, match=rule):
         benchmark_cpu.main()
 
