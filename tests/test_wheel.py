@@ -55,7 +55,7 @@ import modeling_insnext
 assert Path(modeling_insnext.__file__).is_relative_to(site)
 """
 EXAMPLES = {
-    "quickstart.py": [],
+    "quickstart.py": ["--checkpoint", str(ROOT / "examples" / "checkpoints" / "insnext-mini"), "--steps", "4"],
     "scripts/run_scoring.py": [
         *("--task", "perplexity", "--data_file", "rows.jsonl", "--output_dir", "scores"),
         *("--model_name_or_path", str(ROOT / "examples" / "checkpoints" / "drt-mini")),

@@ -73,7 +73,9 @@ class InsertionTrace:
             )
         if not 0 <= row < len(sequences):
             raise ValueError(f"row must be in [0, {len(sequences)}), got {row}")
-        hidden = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        # what stands for unknown text is text, unless it frames texts as well, as in GPT-2's vocabulary
+        frame = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        hidden = set(tokenizer.all_special_ids) - ({tokenizer.unk_token_id} - frame)
         pairs = [
             (token, max(step, 0))
             for token, step in zip(sequences[row].tolist(), steps[row].tolist(), strict=True)

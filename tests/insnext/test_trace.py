@@ -115,6 +115,15 @@ def test_the_terminal_marks_given_and_new_words():
     assert "⟳" not in small_trace(reencoded_at=[[]]).text()
 
 
+def test_unknown_text_is_shown_and_bos_is_not_even_where_it_stands_for_what_is_unknown():
+    tokenizer = word_piece_tokenizer()
+    ids = [tokenizer.bos_token_id, tokenizer.convert_tokens_to_ids("man"), tokenizer.unk_token_id]
+    shown = InsertionTrace.from_output(output_of(ids, [-1, -1, -1]), tokenizer).text_at(0)
+    assert shown == f"man {tokenizer.unk_token}"
+    tokenizer.unk_token = tokenizer.bos_token
+    assert InsertionTrace.from_output(output_of(ids[:2], [-1, -1]), tokenizer).text_at(0) == "man"
+
+
 def test_fewer_frames_show_all_that_is_new_since_the_last_one():
     text = small_trace(reencoded_at=[[1, 2]]).text(frames=2)
     assert text.split("\n") == [
