@@ -8,7 +8,7 @@ r"""Pre-train InsNeXt, sentences first and documents then, or DRT on whole texts
     python examples/scripts/run_pretraining.py --model_type drt --preset small-x2 --tokenizer_name TOKENIZER \
         --dataset_name NAME --do_train --output_dir runs/drt
     python examples/scripts/run_pretraining.py --model_name_or_path CONVERTED --stage documents --adapter lora \
-        --lora_target_modules all-linear --lora_r 32 --learning_rate 3e-4 --head_learning_rate 1e-3 \
+        --lora_target_modules all-linear --lora_r 32 --learning_rate 2e-4 --head_learning_rate 1e-3 \
         --left_to_right_share 0.8 0.3 --alignment_weight 1 --bf16 --train_file train.jsonl --do_train \
         --output_dir runs/adapted
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/scripts/run_pretraining.py ...
