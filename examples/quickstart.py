@@ -22,7 +22,6 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from conversion.smollm2 import adapted
 from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, word_start_table
 from modeling_insnext.insertion_trainer import InsertionTrainer
 
@@ -39,6 +38,13 @@ tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 out = model.generate(**model.canvas(tokenizer, keywords=["function", "argument"]), max_new_tokens=24, ebr=True)
 print(*out[0].tolist())
 """
+
+
+def smollm2() -> str:
+    """Return the folder with SmolLM2 under the adapter, made by a tool of the clone that is not installed."""
+    command = [sys.executable, "-m", "conversion.smollm2", "--adapter", str(ADAPTER.resolve())]
+    made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ADAPTER.resolve().parents[2])
+    return made.stdout.splitlines()[-1]
 
 
 def title(text: str) -> None:
@@ -204,7 +210,7 @@ def main():
     started = time.perf_counter()
     set_seed(0)
     logging.disable_progress_bar()
-    checkpoint = args.checkpoint or adapted(ADAPTER)
+    checkpoint = args.checkpoint or smollm2()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     write_around_keywords(model, tokenizer)

@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from left_to_right_perplexity import nats_per_token, read
-from pretrained_pair import ADAPTER, load_pair
+from pretrained_pair import ADAPTER, base, load_pair
 from report import RESULTS, command, environment, write_report
 from story_infilling import read_stories
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from conversion.smollm2 import base
 from modeling_insnext import InsNextForInsertionLM
 from modeling_insnext.data import InsertionCollator
 

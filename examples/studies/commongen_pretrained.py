@@ -20,12 +20,11 @@ import torch
 from decoding_defaults import loops
 from evaluate_insnext import METRICS, WRITING, concept_sets, judge_texts, write_texts
 from keyword_forms import with_forms
-from pretrained_pair import ADAPTER, load_pair
+from pretrained_pair import ADAPTER, base, load_pair
 from report import RESULTS, command, environment, write_report
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from conversion.smollm2 import base
 from modeling_insnext import InsNextForInsertionLM
 
 
