@@ -1,5 +1,7 @@
 """Which model is served: the folder that was asked for, or the best of ours that can be had."""
 
+import logging
+
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -42,6 +44,8 @@ def test_only_the_default_gives_way_to_another(folder, adapter, monkeypatch, cap
 
     monkeypatch.setattr("conversion.smollm2.adapted", out_of_reach)
     monkeypatch.setattr(serving, "DEFAULT", adapter)
+    # uvicorn, once it has run, keeps what it logs to itself
+    monkeypatch.setattr(serving, "logger", logging.getLogger("models"))
     monkeypatch.setattr(serving, "LAST_RESORT", folder)
     assert serving.load(None, "float32")[2] == "mine"
     assert "no base" in caplog.text

@@ -28,9 +28,13 @@ def run_clean(
 ) -> subprocess.CompletedProcess:
     """Run code in `folder`, with an empty cache of its own, without a network and with the packages `hidden`.
 
-    The process is forked from one that has imported PyTorch and nothing of Hugging Face or of this repository.
+    The process is forked from one that has imported PyTorch and nothing of Hugging Face or of this repository, unless
+    Triton is told something: it listens only while it is imported, which PyTorch does.
     """
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
     own = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", HIDE.format(hidden=tuple(hidden)) + code, *arguments]
-    return forked.run(command, folder, {**kept, **own, **environment})
+    variables = {**kept, **own, **environment}
+    if any(name.startswith("TRITON_") for name in environment):
+        return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    return forked.run(command, folder, variables)
