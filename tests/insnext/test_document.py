@@ -68,7 +68,7 @@ class Writes:
 
 def run_write(document, history, writes, at):
     model, tokenizer = document.model, document.tokenizer
-    canvas = model.canvas(tokenizer, document.text[:at] + "###" + document.text[at:], gap="###")
+    canvas = model.canvas(tokenizer, document.text[:at] + "\ue000" + document.text[at:], gap="\ue000")
     writes.calls.clear()
     before = document.text
     written = document.write(at, max_new_tokens=2, min_new_tokens=1, do_sample=True, seed=at)
