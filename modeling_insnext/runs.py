@@ -1,10 +1,12 @@
 """Training that goes on where it was interrupted, with any `Trainer`; files that appear at once or not at all."""
 
+import gzip
 import json
 import logging
 import math
 import re
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME, TrainerState
@@ -116,6 +118,14 @@ def plot_losses(history: list[dict], parts: Sequence[str], path: str | Path) -> 
         axis.legend()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def read_rows(path: str | Path, count: int | None = None) -> list[dict]:
+    """Read a JSON-lines file, gzipped or not, or its first `count` rows; a line ends at a newline and nowhere else."""
+    path = Path(path)
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in islice((line for line in lines if line.strip()), count)]
 
 
 def write_atomically(path: str | Path, text: str) -> None:

@@ -15,8 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from prepare_corpus import plain, read_rows, train_tokenizer
+from prepare_corpus import plain, train_tokenizer
 from transformers import AutoTokenizer, HfArgumentParser
+
+from modeling_insnext.runs import read_rows
 
 
 TOKENIZER_PARAGRAPHS = 20_000

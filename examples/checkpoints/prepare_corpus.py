@@ -18,8 +18,6 @@ Written to the output folder:
     train.npz, heldout.npz    texts and their keywords; `modeling_insnext.data.load_texts` reads them back
 """
 
-import gzip
-import json
 import random
 import re
 from collections import Counter
@@ -30,6 +28,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import HfArgumentParser, PreTrainedTokenizerFast
 
 from modeling_insnext.data import keyword_spans, save_texts, split_sentences
+from modeling_insnext.runs import read_rows
 
 
 SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<unk>"]
@@ -53,13 +52,6 @@ class Arguments:
     output_dir: str = field(default="data", metadata={"help": "Folder for tokenizer/, train.npz and heldout.npz."})
     vocab_size: int = field(default=8192, metadata={"help": "Vocabulary, the four special tokens included."})
     seed: int = field(default=0, metadata={"help": "Chooses the held-out concept sets and the runs of sentences."})
-
-
-def read_rows(path: Path) -> list[dict]:
-    """Read a JSON-lines file, gzipped or not; a line ends at a newline and nowhere else."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="\n") as lines:
-        return [json.loads(line) for line in lines]
 
 
 def plain(text: str) -> str:

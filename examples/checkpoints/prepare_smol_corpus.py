@@ -19,11 +19,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prepare_corpus import book_paragraphs, plain, read_commongen, read_rows
+from prepare_corpus import book_paragraphs, plain, read_commongen
 from transformers import HfArgumentParser
 
 from modeling_insnext.data import split_sentences
-from modeling_insnext.runs import write_atomically
+from modeling_insnext.runs import read_rows, write_atomically
 
 
 STORY_SENTENCES = (3, 4, 5, 5, 5, 6, 8, 12)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from left_to_right_perplexity import nats_per_token, read
+from left_to_right_perplexity import nats_per_token, read, token_nats
 from pretrained_pair import ADAPTER, base, load_pair
 from report import RESULTS, command, environment, write_report
 from story_infilling import read_stories
@@ -68,16 +68,13 @@ def insertion_losses(model, tokenizer, stories: list[list[str]], both: bool) -> 
     return {name: summary(rows) for name, rows in sums.items()}
 
 
-@torch.no_grad()
 def causal_losses(model, tokenizer, stories: list[list[str]], never: list[int]) -> dict:
     """Return the loss of the third sentences' tokens behind their left sides, given that they are none of `never`."""
     rows = []
     for story in tqdm(stories, desc="source", disable=None):
         example = examples(tokenizer, story, both=False)
         ids, written = torch.tensor(example["input_ids"]), ~torch.tensor(example["given"])[1:]
-        log_p = model(ids[None]).logits[0, :-1].double()
-        log_p[:, never] = -torch.inf
-        nats = -log_p.log_softmax(-1).gather(1, ids[1:, None])[written]
+        nats = token_nats(model, ids, never)[written]
         rows.append((nats.sum().item(), len(nats)))
     return {"token": summary(rows)}
 

@@ -9,23 +9,20 @@ in the given form or in any. BLEU is sacrebleu's, all references, without case, 
 over texts. A text loops if a pair of words stands in it twice.
 """
 
-import gzip
-import json
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
-import evaluate
 import torch
 from decoding_defaults import loops
-from evaluate_insnext import METRICS, WRITING, concept_sets, judge_texts, write_texts
-from keyword_forms import with_forms
+from evaluate_insnext import WRITING, concept_sets, judge_texts, write_texts
+from keyword_forms import any_form, with_forms
 from pretrained_pair import ADAPTER, base, load_pair
 from report import RESULTS, command, environment, write_report
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from modeling_insnext import InsNextForInsertionLM
+from modeling_insnext.runs import read_rows
 
 
 ROOM = 40
@@ -41,12 +38,6 @@ class PretrainedArguments:
     threads: int = 1
 
 
-def training_sets(data_dir: str, count: int) -> list[dict]:
-    """Return the first rows of CommonGen's training file."""
-    with gzip.open(Path(data_dir, "commongen", "train.jsonl.gz"), "rt", encoding="utf-8", newline="\n") as lines:
-        return [json.loads(line) for line in islice(lines, count)]
-
-
 def shot(row: dict, sentence: str = "") -> str:
     return f"concepts: {', '.join(row['concepts'])}\nsentence:{sentence and ' ' + sentence}"
 
@@ -56,8 +47,7 @@ def write_prompted(source, tokenizer, rows: list[dict], examples: list[dict]) ->
     shown = "\n\n".join(shot(row, row["references"][0]) for row in examples)
     texts = []
     for row in tqdm(rows, desc="source", disable=None):
-        ids = tokenizer(f"{shown}\n\n{shot(row)}", return_tensors="pt", add_special_tokens=False)["input_ids"]
-        ids = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), ids], 1)
+        ids = tokenizer(f"{shown}\n\n{shot(row)}", return_tensors="pt")["input_ids"]
         out = source.generate(ids, max_new_tokens=ROOM, do_sample=False, tokenizer=tokenizer, stop_strings="\n")
         texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip().split("\n")[0])
     return texts
@@ -78,16 +68,14 @@ def measure(args: PretrainedArguments, rows: list[dict]) -> list[dict]:
     """Return one result a way to write."""
     adapted, source, tokenizer = load_pair(args.adapter)
     converted = InsNextForInsertionLM.from_pretrained(base(), dtype=torch.float32).eval()
-    examples = training_sets(args.data_dir, 3)
+    examples = read_rows(Path(args.data_dir, "commongen", "train.jsonl.gz"), 3)
     texts = {"source, three examples": write_prompted(source, tokenizer, rows, examples)}
     for name, model, free, options in ways(adapted, converted):
         asked = [with_forms(row) for row in rows] if free else rows
         texts[name], _ = write_texts(model, tokenizer, asked, args.batch_size, not free, **options)
-    coverage, references = evaluate.load(f"{METRICS}/keyword_coverage"), [row["concepts"] for row in rows]
     results = []
     for name, written in texts.items():
-        inflected = coverage.compute(predictions=written, references=references, inflected=True)["coverage"]
-        more = {"any_form": inflected, "loops": sum(map(loops, written)) / len(written)}
+        more = {"any_form": any_form(written, rows), "loops": sum(map(loops, written)) / len(written)}
         results.append({"way": name, **judge_texts(written, rows), **more})
     return results
 

@@ -10,7 +10,6 @@
    both are modules of examples/metrics.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from transformers import AutoTokenizer, HfArgumentParser
 
 from modeling_insnext import InsNextForInsertionLM
 from modeling_insnext.data import ContextMixture, InsertionCollator, load_texts, rarity_table, word_start_table
+from modeling_insnext.runs import read_rows
 
 
 @dataclass
@@ -95,8 +95,7 @@ def summary(losses: np.ndarray) -> dict:
 
 def concept_sets(data_dir: str, count: int) -> list[dict]:
     """Return the first `count` rows of CommonGen dev."""
-    lines = (Path(data_dir) / "commongen" / "dev.jsonl").read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line][:count]
+    return read_rows(Path(data_dir, "commongen", "dev.jsonl"), count)
 
 
 def write_texts(

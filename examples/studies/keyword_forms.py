@@ -41,17 +41,22 @@ def with_forms(row: dict) -> dict:
     return {**row, "concepts": [inflections(word) if word.isalpha() else [word] for word in row["concepts"]]}
 
 
+def any_form(texts: list[str], rows: list[dict]) -> float:
+    """Return the share of the concepts that stand in the texts as whole words, in any regular form."""
+    coverage = evaluate.load(f"{METRICS}/keyword_coverage")
+    references = [row["concepts"] for row in rows]
+    return coverage.compute(predictions=texts, references=references, inflected=True)["coverage"]
+
+
 def measure(model, tokenizer, rows: list[dict], batch_size: int) -> list[dict]:
     """Return one result an order and kind of keyword."""
-    results, coverage = [], evaluate.load(f"{METRICS}/keyword_coverage")
+    results = []
     for order, ordered in ORDERS.items():
         given = None
         for name, keywords in (("as given", rows), ("one of its forms", [with_forms(row) for row in rows])):
             texts, _ = write_texts(model, tokenizer, keywords, batch_size, ordered, repetition_penalty=1.3)
             given = texts if given is None else given
-            references = [row["concepts"] for row in rows]
-            inflected = coverage.compute(predictions=texts, references=references, inflected=True)["coverage"]
-            chance = {"any_form": inflected, "p": p_value(texts, given, rows)}
+            chance = {"any_form": any_form(texts, rows), "p": p_value(texts, given, rows)}
             results.append({"order": order, "keywords": name, **judge_texts(texts, rows), **chance})
     return results
 

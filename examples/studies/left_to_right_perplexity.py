@@ -44,13 +44,16 @@ def read(path: str, tokenizer, tokens: int, window: int) -> torch.Tensor:
 
 
 @torch.no_grad()
+def token_nats(model, ids: torch.Tensor, never: list[int]) -> torch.Tensor:
+    """Return -log p(token | the text goes on, the token is text) of each token of a text but the first, float64."""
+    log_p = model(ids[None]).logits[0, :-1].double()
+    log_p[:, never] = -torch.inf
+    return -log_p.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+
+
 def nats_per_token(model, ids: torch.Tensor, never: list[int]) -> float:
     """Return the mean of -log p(token | the text goes on, the token is text)."""
-    total = 0.0
-    for row in ids:
-        log_p = model(row[None]).logits[0, :-1].double()
-        log_p[:, never] = -torch.inf
-        total -= log_p.log_softmax(-1).gather(1, row[1:, None]).sum().item()
+    total = sum(token_nats(model, row, never).sum().item() for row in ids)
     return total / (ids.numel() - len(ids))
 
 

@@ -17,8 +17,6 @@ have rotary positions: PIE is about these. Time is of the processor, in one thre
 """
 
 import difflib
-import gzip
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +29,7 @@ from transformers import AutoTokenizer, HfArgumentParser
 from modeling_insnext import InsertionCache, InsNextForInsertionLM
 from modeling_insnext.insnext.attention import Interval
 from modeling_insnext.insnext.document import changed_run
+from modeling_insnext.runs import read_rows
 
 
 PLACES = 16
@@ -141,10 +140,10 @@ def hunks(before: str, after: str) -> list[tuple[int, int, str]]:
 
 def changed_functions(path: str, tokenizer, count: int, longest: int) -> list[dict]:
     """Return rows whose two functions are short enough, spread over the file."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
     short = [
-        row for row in rows if all(len(tokenizer(row[key])["input_ids"]) <= longest for key in ("before", "after"))
+        row
+        for row in read_rows(path)
+        if all(len(tokenizer(row[key])["input_ids"]) <= longest for key in ("before", "after"))
     ]
     return short[:: max(len(short) // count, 1)][:count]
 

@@ -9,7 +9,6 @@ told that way. ROUGE-1, -2 and -L are F-measures of rouge-score with stemming, o
 with 95 % intervals of the mean over stories.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from modeling_insnext.data import split_sentences
+from modeling_insnext.runs import read_rows
 
 
 MISSING = {"1 of 5": slice(2, 3), "3 of 5": slice(1, 4)}
@@ -45,8 +45,7 @@ def read_stories(path: Path, count: int) -> list[list[str]]:
     Raises:
         ValueError: If there is none.
     """
-    lines = path.read_text(encoding="utf-8").split("\n")
-    stories = [split_sentences(json.loads(line)["text"]) for line in lines if line]
+    stories = [split_sentences(row["text"]) for row in read_rows(path)]
     stories = [sentences for sentences in stories if len(sentences) == 5 and "_" not in "".join(sentences)][:count]
     if not stories:
         raise ValueError(f"{path} must hold a text of five sentences, got none")
@@ -63,14 +62,9 @@ def write_between(model, tokenizer, texts: list[tuple[str, str]], room: int) -> 
 
 def write_after(model, tokenizer, texts: list[tuple[str, str]], room: int, sentences: int) -> list[str]:
     """Return what a causal model writes after each left side, to the end of so many sentences."""
-    tokens = tokenizer([left for left, _ in texts], add_special_tokens=False, padding=True, padding_side="left")
-    bos = torch.full((len(texts), 1), tokenizer.bos_token_id)
-    mask = torch.tensor(tokens["attention_mask"])
-    ids = torch.tensor(tokens["input_ids"])
-    # behind one BOS, as in training
-    first = mask.argmax(1, keepdim=True)
-    ids = torch.cat([torch.full_like(bos, tokenizer.pad_token_id), ids], 1).scatter(1, first, bos)
-    mask = torch.cat([torch.zeros_like(bos), mask], 1).scatter(1, first, 1)
+    # behind BOS, which the tokenizer puts in front
+    tokens = tokenizer([left for left, _ in texts], padding=True, padding_side="left", return_tensors="pt")
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
     out = model.generate(
         ids, attention_mask=mask, max_new_tokens=room, do_sample=False, pad_token_id=tokenizer.pad_token_id
     )

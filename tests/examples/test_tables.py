@@ -48,6 +48,11 @@ def run_here(name: str, args: list[str]) -> None:
     importlib.import_module(name.removesuffix(".py")).main(args)
 
 
+def places(folder) -> list[str]:
+    """Return the options that say where the table and the trainings go."""
+    return ["--output", str(folder / "table"), "--runs", str(folder / "runs")]
+
+
 def fail(name: str, args: list[str]) -> None:
     pytest.fail(f"{name} was run again")
 
@@ -66,15 +71,7 @@ def test_a_script_is_run_in_a_process_of_its_own_and_its_failure_is_told(tmp_pat
 
 
 def test_the_table_of_classifiers_is_written_and_goes_on(data_dir, checkpoint, tmp_path, monkeypatch):
-    args = [
-        *checkpoint,
-        "--data_dir",
-        str(data_dir),
-        "--output",
-        str(tmp_path / "table"),
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
+    args = [*checkpoint, "--data_dir", str(data_dir), *places(tmp_path)]
     args += ["--max_steps", "2", "--batch_size", "4", "--seeds", "0", "1"]
     monkeypatch.setattr(classification_table, "run_script", run_here)
     report = classification_table.main(args)
@@ -90,15 +87,7 @@ def test_the_table_of_classifiers_is_written_and_goes_on(data_dir, checkpoint, t
 
 
 def test_the_table_of_commongen_is_written_and_goes_on(data_dir, checkpoint, tmp_path, monkeypatch):
-    args = [
-        *checkpoint,
-        "--data_dir",
-        str(data_dir),
-        "--output",
-        str(tmp_path / "table"),
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
+    args = [*checkpoint, "--data_dir", str(data_dir), *places(tmp_path)]
     args += ["--max_steps", "2"]
     monkeypatch.setattr(commongen_table, "run_script", run_here)
     report = commongen_table.main(args)
