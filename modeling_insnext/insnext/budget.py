@@ -76,8 +76,12 @@ class Budget:
         """Return how many tokens the gaps of each row can take in all, int64 `[R]`."""
         gap_G = torch.arange(self.maxima.shape[1], device=self.maxima.device)
         exists_RG = (canvas.gap_ids[..., None] == gap_G).any(1)
-        takes_RG = torch.where(self.maxima < 0, self.limit[:, None], self.maxima)
-        return torch.where(exists_RG, takes_RG, 0).sum(1).minimum(self.limit)
+        return torch.where(exists_RG, self.bounds, 0).sum(1).minimum(self.limit)
+
+    @property
+    def bounds(self) -> torch.Tensor:
+        """Largest number of tokens of each gap, all that its row may write where it has none, int64 `[R, G]`."""
+        return torch.where(self.maxima < 0, self.limit[:, None], self.maxima)
 
     @property
     def remaining(self) -> torch.Tensor:
@@ -116,8 +120,7 @@ class Budget:
         G = self.minima.shape[1]
         # [R, N, gap of the run, gap of what is owed]
         run_RNGH = lengths[..., None, None] * torch.eye(G, dtype=lengths.dtype, device=lengths.device)
-        bound_RG = torch.where(self.maxima < 0, self.limit[:, None], self.maxima)
-        capacity_RNGH = (bound_RG - self.written)[:, None, None] - run_RNGH
+        capacity_RNGH = (self.bounds - self.written)[:, None, None] - run_RNGH
         deficit_RNGH = ((self.minima - self.written)[:, None, None] - run_RNGH).clamp_min(0)
         owed_RN11, remaining_RN = owed[..., None, None], self.remaining[:, None] - lengths
         needed_RNGH = deficit_RNGH.sum(3, keepdim=True) + (owed_RN11 - deficit_RNGH).clamp_min(0)
@@ -133,8 +136,7 @@ class Budget:
         """
         if self.owed is None:
             return
-        bound_RG = torch.where(self.maxima < 0, self.limit[:, None], self.maxima)
-        widest_R = torch.where(self.homes, bound_RG, 0).amax(1)
+        widest_R = torch.where(self.homes, self.bounds, 0).amax(1)
         for row, (owed, widest) in enumerate(zip(self.owed.tolist(), widest_R.tolist(), strict=True)):
             if owed > widest:
                 raise ValueError(

@@ -15,10 +15,10 @@ from .cache import InsertionCache
 from .pending import Pending
 
 
-PER_ROW = (
-    "origins", "margins", "running", "ids", "ranks", "following", "lengths", "steps", "gaps", "words_end", "keywords",
-    "encoded_together", "encoded_tokens", "left", "right", "slots", "keys", "hidden",
-)  # fmt: skip
+# buffers `[R, C + 1]` and `[R, C + 1, D]` with a column for each entry
+NUMBERS = ("ids", "ranks", "following", "steps", "gaps", "words_end", "keywords")
+VECTORS = ("left", "right", "slots", "keys", "hidden")
+PER_ROW = ("origins", "margins", "running", "lengths", "encoded_together", "encoded_tokens", *NUMBERS, *VECTORS)
 
 
 class Draft:

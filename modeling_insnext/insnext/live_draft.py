@@ -14,11 +14,11 @@ import torch
 
 from .budget import Budget
 from .canvas import Canvas
-from .draft import PER_ROW, Draft
+from .draft import NUMBERS as ENTRY_NUMBERS
+from .draft import PER_ROW, VECTORS, Draft
 
 
-NUMBERS = ("ids", "ranks", "following", "steps", "gaps", "words_end", "keywords", "changed_at")
-VECTORS = ("left", "right", "slots", "keys", "hidden")
+NUMBERS = (*ENTRY_NUMBERS, "changed_at")
 
 
 @dataclass

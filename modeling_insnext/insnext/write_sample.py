@@ -55,19 +55,18 @@ class RowSampler:
             self.generators = [torch.Generator(device).manual_seed(int(s)) for s in seeds]
 
     def add_noise(self, scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Return what is to be compared: scores and, sampling, noise."""
-        return scores + self.noise(scores, lengths) if self.do_sample else scores
+        """Return what is to be compared: scores `[R, S]`, sampling with Gumbel noise.
 
-    def noise(self, scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """Return Gumbel noise `[R, S]` of which row r draws its first `lengths[r]`, or zeros without sampling."""
+        Of the noise row r draws its first `lengths[r]`.
+        """
         if not self.do_sample:
-            return torch.zeros_like(scores)
+            return scores
         if self.generators is None:
-            return -torch.empty_like(scores).exponential_().log()
+            return scores - torch.empty_like(scores).exponential_().log()
         noise = torch.zeros_like(scores)
         for row, length in enumerate(lengths.tolist()):
             noise[row, :length].exponential_(generator=self.generators[row]).log_().neg_()
-        return noise
+        return scores + noise
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -108,7 +107,7 @@ def begin_keywords(draft, sampler, slots, takes) -> tuple[torch.Tensor, torch.Te
     moves = [mine if stops else [] for mine, stops in zip(pending.moves(draft), stopped.tolist(), strict=True)]
     moves = [[move for move in mine if move.begins] for mine in moves]
     scores, counts = move_scores(draft, moves)
-    best = (scores + sampler.noise(scores, counts)).argmax(1).tolist()
+    best = sampler.add_noise(scores, counts).argmax(1).tolist()
     for row in stopped.nonzero().squeeze(1).tolist():
         move = moves[row][best[row]]
         slots[row, 0], takes[row, 0], pending.wanted[row] = move.slot, True, move.token

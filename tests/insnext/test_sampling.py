@@ -18,13 +18,13 @@ def test_draws_have_the_frequencies_of_softmax():
     draws = 4000
     sampler = RowSampler(draws, True, list(range(draws)), "cpu")
     many = scores.expand(draws, -1)
-    chosen = (many + sampler.noise(many, torch.full((draws,), 5))).argmax(1)
+    chosen = sampler.add_noise(many, torch.full((draws,), 5)).argmax(1)
     frequency = chosen.bincount(minlength=5) / draws
     p = scores[0].softmax(0)
     # four standard deviations of a proportion
     assert ((frequency - p).abs() <= 4 * (p * (1 - p) / draws).sqrt()).all()
     greedy = RowSampler(draws, False, None, "cpu")
-    assert ((many + greedy.noise(many, torch.full((draws,), 5))).argmax(1) == 2).all()
+    assert (greedy.add_noise(many, torch.full((draws,), 5)).argmax(1) == 2).all()
 
 
 def slot_frequencies(draws=3000, **options):
