@@ -19,9 +19,11 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
+from modeling_insnext.insnext.canvas import Canvas
+
 from .errors import ApiError
 from .job import Event, Job, Row, Settings
-from .texts import LEAST_CONTEXT, pieces_of, stacked
+from .texts import LEAST_CONTEXT, pieces_of
 from .watch import Watch
 
 
@@ -254,4 +256,4 @@ class Engine:
             options["seed"] = seed
         if settings.ebr is not None:
             options["ebr"] = settings.ebr
-        return self.model.generate(**stacked([row.prepared.canvas for row in rows]), **options)
+        return self.model.generate(**Canvas.stack([row.prepared.canvas for row in rows]), **options)

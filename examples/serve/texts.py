@@ -12,7 +12,8 @@ import torch
 
 from modeling_insnext.insnext.budget import Budget
 from modeling_insnext.insnext.canvas import Canvas
-from modeling_insnext.insnext.canvas_pieces import continuation_mask_of, ids_inside_text, token_ids
+from modeling_insnext.insnext.canvas_pieces import continuation_mask_of, text_behind, text_of
+from modeling_insnext.insnext.canvas_text import given_ids
 
 from .errors import refused
 
@@ -78,9 +79,9 @@ class Around:
         add_space = self.left.endswith(" ") and self.right[:1].isalnum()
         cut_space = bool(self.right) and (self.left.endswith(" ") or not self.left)
         left = self.left[:-1] if self.right and self.left.endswith(" ") else self.left
-        extra_ids = text_ids(tokenizer, self.extra)
-        left_ids = inside_ids(tokenizer, left) if extra_ids else text_ids(tokenizer, left)
-        right_ids = inside_ids(tokenizer, " " + self.right if add_space else self.right)
+        extra_ids = ids_of(tokenizer, self.extra)
+        left_ids = ids_of(tokenizer, left, first=not extra_ids)
+        right_ids = ids_of(tokenizer, " " + self.right if add_space else self.right, first=False)
         given = len(extra_ids) + len(left_ids) + len(right_ids)
         if self.context is not None:
             room = self.context if longest is None else min(self.context, longest - len(bos))
@@ -166,31 +167,16 @@ def leading_tokens(model, tokenizer) -> list[int]:
     return [bos] if bos is not None and (inserts or tokenizer("")["input_ids"][:1] == [bos]) else []
 
 
-def text_ids(tokenizer, text: str) -> list[int]:
-    """Return the ids of text at the beginning; what spells a special token means its letters.
+def ids_of(tokenizer, text: str, first: bool = True) -> list[int]:
+    """Return the ids of text at the beginning or inside another; what spells a special token means its letters.
 
     Raises:
         ApiError: If the tokenizer has no token for a part of it.
     """
-    ids = token_ids(tokenizer, text) if text else []
-    return _checked(tokenizer, ids)
-
-
-def inside_ids(tokenizer, text: str) -> list[int]:
-    """Return the ids of text inside another.
-
-    Raises:
-        ApiError: If the tokenizer has no token for a part of it.
-    """
-    return _checked(tokenizer, ids_inside_text(tokenizer, text) if text else [])
-
-
-def _checked(tokenizer, ids: list[int]) -> list[int]:
-    special = set(tokenizer.all_special_ids).intersection(ids)
-    if special:
-        tokens = tokenizer.convert_ids_to_tokens(sorted(special))
-        raise refused(f"the tokenizer cannot write the given text: a part of it becomes {', '.join(tokens)}", "prompt")
-    return ids
+    try:
+        return given_ids(tokenizer, text, first)
+    except ValueError as error:
+        raise refused(str(error), "prompt") from error
 
 
 def nearest(extra: list[int], left: list[int], right: list[int], room: int) -> tuple[list[int], list[int], list[int]]:
@@ -207,18 +193,12 @@ def nearest(extra: list[int], left: list[int], right: list[int], room: int) -> t
 def decoded(tokenizer, prepared: Prepared, tokens: list[int], written: int) -> str:
     """Return what was written, between the given sides, or of a canvas of our own the whole text."""
     if prepared.left is None:
-        return _decode(tokenizer, tokens[prepared.bos :]).removeprefix(" ")
+        return text_of(tokenizer, tokens[prepared.bos :]).removeprefix(" ")
     before, middle = tokens[prepared.bos : prepared.left], tokens[prepared.left : prepared.left + written]
-    # a tokenizer may take the space off the beginning of what it decodes
-    whole, base = _decode(tokenizer, before + middle), _decode(tokenizer, before)
-    text = whole[len(base) :] if whole.startswith(base) else _decode(tokenizer, middle)
+    text = text_behind(tokenizer, before, middle)
     if prepared.cut_space or not before:
         text = text.removeprefix(" ")
     return text + " " if prepared.add_space and text else text
-
-
-def _decode(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def pieces_of(tokenizer, ids: list[int], pieces: list[str]) -> list[str]:
@@ -236,7 +216,7 @@ def pieces_of(tokenizer, ids: list[int], pieces: list[str]) -> list[str]:
         if "\ufffd" not in texts[end - 1]:
             start = end
         elif end == len(ids) or "\ufffd" not in texts[end]:
-            texts[start:end] = [*[""] * (end - start - 1), _decode(tokenizer, ids[start:end])]
+            texts[start:end] = [*[""] * (end - start - 1), text_of(tokenizer, ids[start:end])]
     return texts
 
 
@@ -247,26 +227,3 @@ def cut_place(text: str, stops: tuple[str, ...], indent: int) -> tuple[int | Non
         line = re.search(rf"\n(?=[ \t]{{0,{indent - 1}}}[^ \t\n])", text)
         places += [(line.start(), "")] if line else []
     return min(places, default=(None, ""))
-
-
-def stacked(rows: list[Canvas]) -> Canvas:
-    """Return canvases of one row each as one batch."""
-    pads = {"gap_ids": -1, "max_gap_tokens": -1}
-    fields = {
-        name: torch.nn.utils.rnn.pad_sequence([row[name][0] for row in rows], True, pads.get(name, 0))
-        for name in Canvas.field_names() - {"continuation_mask", "pending_ids"}
-    }
-    return Canvas(**fields, continuation_mask=rows[0].continuation_mask, pending_ids=_stacked_forms(rows))
-
-
-def _stacked_forms(rows: list[Canvas]) -> torch.Tensor | None:
-    """Return the forms of the pending keywords of all rows, -1 where one has none; None where none has."""
-    sizes = [row.pending_ids.shape[1:] for row in rows if row.pending_ids is not None]
-    if not sizes:
-        return None
-    ids_BKFL = torch.full((len(rows), *map(max, zip(*sizes, strict=True))), -1)
-    for row, ids_KFL in zip(rows, ids_BKFL, strict=True):
-        if row.pending_ids is not None:
-            K, F, L = row.pending_ids.shape[1:]
-            ids_KFL[:K, :F, :L] = row.pending_ids[0]
-    return ids_BKFL

@@ -15,10 +15,15 @@ BOS, so text can grow before the first given word too:
 Keywords that have no place yet are pending: each is a list of forms, of which one is to be written.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from transformers.utils import ModelOutput
+
+
+# what a field holds where a row has nothing, if not 0
+PADDING = {"gap_ids": -1, "max_gap_tokens": -1, "pending_ids": -1}
 
 
 @dataclass
@@ -73,6 +78,16 @@ class Canvas(ModelOutput):
         """Return the canvas with each row `times` times, one after the other."""
         repeated = {name: tensor.repeat_interleave(times, 0) for name, tensor in self.items()}
         return Canvas(**{**repeated, "continuation_mask": self.continuation_mask})
+
+    @classmethod
+    def stack(cls, canvases: Sequence["Canvas"]) -> "Canvas":
+        """Return the rows of canvases as one batch; all are of one vocabulary, that of the first one's mask."""
+        fields = {}
+        for name in cls.field_names() - {"continuation_mask"}:
+            held = [getattr(canvas, name) for canvas in canvases]
+            if any(tensor is not None for tensor in held):
+                fields[name] = _stacked(held, [canvas.rows for canvas in canvases], PADDING.get(name, 0))
+        return cls(**fields, continuation_mask=canvases[0].continuation_mask)
 
     @classmethod
     def from_ids(
@@ -304,6 +319,30 @@ def _check_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...])
         raise ValueError(f"{name} must have shape {list(shape)} as input_ids, got {list(tensor.shape)}")
 
 
+def padded_forms(rows: list[list[list[list[int]]]]) -> torch.Tensor:
+    """Return the token ids of the forms of the keywords of each row as one tensor, -1 where there is none."""
+    K = max(len(row) for row in rows)
+    F = max(len(forms) for row in rows for forms in row)
+    L = max(len(form) for row in rows for forms in row for form in forms)
+    ids_BKFL = torch.full((len(rows), K, F, L), -1)
+    for b, row in enumerate(rows):
+        for k, forms in enumerate(row):
+            for f, form in enumerate(forms):
+                ids_BKFL[b, k, f, : len(form)] = torch.tensor(form)
+    return ids_BKFL
+
+
+def _stacked(tensors: list[torch.Tensor | None], rows: list[int], fill: int) -> torch.Tensor:
+    """Return tensors `[rows, ...]` one below the other, each padded to the largest; None is nothing but padding."""
+    some = [tensor for tensor in tensors if tensor is not None]
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in some), strict=True)]
+    whole = some[0].new_full((sum(rows), *shape), fill)
+    for tensor, part in zip(tensors, whole.split(rows), strict=True):
+        if tensor is not None:
+            part[tuple(map(slice, tensor.shape))] = tensor
+    return whole
+
+
 def _bounds_tensor(name: str, bounds, default: int, shape: tuple[int, int], device) -> torch.Tensor:
     if bounds is None or (isinstance(bounds, int) and not isinstance(bounds, bool)):
         return torch.full(shape, default if bounds is None else bounds, dtype=torch.long, device=device)
@@ -315,4 +354,4 @@ def _bounds_tensor(name: str, bounds, default: int, shape: tuple[int, int], devi
     return bounds.long()
 
 
-__all__ = ["Canvas"]
+__all__ = ["Canvas", "padded_forms"]

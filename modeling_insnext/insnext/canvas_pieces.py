@@ -58,6 +58,17 @@ def _pieces(tokenizer) -> Pieces:
     return pieces
 
 
+def text_of(tokenizer, ids) -> str:
+    """Return what tokens say, with special ones and with every space."""
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def text_behind(tokenizer, before: list[int], ids: list[int]) -> str:
+    """Return what tokens say behind others: a tokenizer may take a space off the beginning of what it decodes."""
+    base, whole = text_of(tokenizer, before), text_of(tokenizer, [*before, *ids])
+    return whole[len(base) :] if whole.startswith(base) else text_of(tokenizer, ids)
+
+
 _PIECES = weakref.WeakKeyDictionary()
 
 
@@ -127,4 +138,4 @@ def ids_inside_text(tokenizer, text: str) -> list[int]:
     raise ValueError(f"the tokenizer has no way to write {text!r} after other text without merging the two")
 
 
-__all__ = ["continuation_mask_of", "ids_inside_text", "token_ids"]
+__all__ = ["continuation_mask_of", "ids_inside_text", "text_behind", "text_of", "token_ids"]

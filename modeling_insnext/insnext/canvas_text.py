@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import logging
 
-from .canvas import Canvas
-from .canvas_pieces import continuation_mask_of, ids_inside_text, token_ids
+from .canvas import Canvas, padded_forms
+from .canvas_pieces import continuation_mask_of, ids_inside_text, text_of, token_ids
 
 
 logger = logging.get_logger(__name__)
@@ -155,7 +155,7 @@ def _canvas_of(tokenizer, rows: list[Row], bounds, continuation_mask: torch.Tens
         max_gap_tokens=_pad(maxima, -1),
         word_end_mask=_pad([row.word_end for row in rows], False),
         continuation_mask=continuation_mask,
-        pending_ids=_pad_forms(pending) if any(pending) else None,
+        pending_ids=padded_forms(pending) if any(pending) else None,
     )
 
 
@@ -314,7 +314,7 @@ def _warn_of_changes(tokenizer, rows: list[Row]) -> None:
     texts = [(row, Given(canvas.given, canvas.ids[1:])) for row, canvas in enumerate(rows)]
     texts += [(row, form) for row, canvas in enumerate(rows) for forms in canvas.pending for form in forms]
     for row, (given, ids) in texts:
-        decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        decoded = text_of(tokenizer, ids)
         # a tokenizer may put one space before every text, or take one away
         given, decoded = given.removeprefix(" "), decoded.removeprefix(" ")
         if given != decoded:
@@ -366,19 +366,6 @@ def _bounds_by_row(name: str, bounds: Bounds, rows: list[Row]) -> list[list[int 
 def _pad(rows: Sequence[list], value: int | bool) -> torch.Tensor:
     width = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (width - len(row))] for row in rows])
-
-
-def _pad_forms(rows: list[list[list[list[int]]]]) -> torch.Tensor:
-    """Return the token ids of the forms of the keywords of each row as one tensor, -1 where there is none."""
-    K = max(len(row) for row in rows)
-    F = max(len(forms) for row in rows for forms in row)
-    L = max(len(form) for row in rows for forms in row for form in forms)
-    ids_BKFL = torch.full((len(rows), K, F, L), -1)
-    for b, row in enumerate(rows):
-        for k, forms in enumerate(row):
-            for f, form in enumerate(forms):
-                ids_BKFL[b, k, f, : len(form)] = torch.tensor(form)
-    return ids_BKFL
 
 
 __all__ = ["build_canvas", "canvas_at", "given_ids"]

@@ -38,6 +38,7 @@ from numbers import Real
 import torch
 
 from .canvas import Canvas
+from .canvas_pieces import text_behind
 from .canvas_text import canvas_at, given_ids
 from .generation_configuration import asked_options, merge_generation_configs
 from .generation_insnext import Voices
@@ -306,8 +307,7 @@ class Document:
         """Make what the draft has written between two texts a part of the document; return it."""
         grown = self.draft.ids[0, self.draft.order()].tolist()
         last = first + len(grown) - len(self.ids)
-        given, whole = (self._decode(grown[1:end]) for end in (first, last))
-        written = whole[len(given) :] if whole.startswith(given) else self._decode(grown[first:last])
+        written = text_behind(self.tokenizer, grown[1:first], grown[first:last])
         self.ids = grown
         beside = self._beside(first, last) if first < last else None
         if beside is not None:
@@ -324,9 +324,6 @@ class Document:
     def _encoded(self) -> LiveDraft:
         with torch.no_grad():
             return LiveDraft(self.model, self.ids, self._work)
-
-    def _decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     def _ids_of(self, text: str) -> list[int]:
         ids = [self.tokenizer.bos_token_id, *given_ids(self.tokenizer, text)]

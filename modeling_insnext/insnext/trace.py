@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from .canvas_pieces import text_of
+
 
 PAD_STEP = -2
 REPLACEMENT = "\ufffd"
@@ -233,17 +235,13 @@ def _units(pairs: Sequence[tuple[int, int]], tokenizer) -> list[Unit]:
     units = []
     context = begin = 0
     for end in range(1, len(pairs) + 1):
-        before = _decode(tokenizer, ids[context:begin])
-        text = _decode(tokenizer, ids[context:end])
+        before = text_of(tokenizer, ids[context:begin])
+        text = text_of(tokenizer, ids[context:end])
         unfinished = text.endswith(REPLACEMENT) or len(text) <= len(before)
         if not unfinished or end == len(pairs):
             units.append(Unit(text[len(before) :], max(step for _, step in pairs[begin:end])))
             context, begin = begin, end
     return units
-
-
-def _decode(tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _runs_of_given(units: Sequence[Unit]) -> list[Unit]:

@@ -539,3 +539,18 @@ def test_a_bad_canvas_is_refused_by_name(message):
     good.validate(**limits)
     with pytest.raises(ValueError, match=message):
         Canvas(**{**good, **CANVAS_ERRORS[message]}).validate(**limits)
+
+
+def test_canvases_one_below_the_other_are_those_of_their_texts_together():
+    tokenizer = byte_level(False)
+    texts = ["The ___{1,3} fox ___ dog", "man ___{2}", "An ___ able ___ sea ___"]
+    together = build_canvas(tokenizer, texts)
+    stacked = Canvas.stack([build_canvas(tokenizer, texts[:2]), build_canvas(tokenizer, texts[2])])
+    assert stacked.keys() == together.keys()
+    assert all(torch.equal(stacked[name], together[name]) for name in together)
+    sets = [[["fox", "foxes"], "old man"], ["dog"]]
+    together = build_canvas(tokenizer, keywords=sets, ordered=False)
+    alone = [build_canvas(tokenizer, keywords=[one], ordered=False) for one in sets]
+    assert torch.equal(Canvas.stack(alone).pending_ids, together.pending_ids)
+    mixed = Canvas.stack([alone[1], build_canvas(tokenizer, texts[1])])
+    assert mixed.pending_ids[0].tolist() == alone[1].pending_ids[0].tolist() and bool((mixed.pending_ids[1] < 0).all())

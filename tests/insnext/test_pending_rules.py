@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from modeling_insnext.insnext.budget import Budget
-from modeling_insnext.insnext.canvas import Canvas
+from modeling_insnext.insnext.canvas import Canvas, padded_forms
 from modeling_insnext.insnext.pending import Pending
 from tests.support.generation_twins import VOCAB, writing_model
 from tests.support.insnext import BOS, EOS, PAD
@@ -61,18 +61,7 @@ def canvases(draw):
     continuing = torch.zeros(VOCAB, dtype=torch.bool)
     continuing[list(CONTINUING)] = True
     return Canvas.from_ids(ids, mask, gaps >= 0, gaps, minima[:, : int(gaps.max()) + 1],
-                           maxima[:, : int(gaps.max()) + 1], word_end, continuing, padded(sets))  # fmt: skip
-
-
-def padded(sets):
-    K, F = max(map(len, sets)), max(len(forms) for keywords in sets for forms in keywords)
-    L = max(len(form) for keywords in sets for forms in keywords for form in forms)
-    ids = torch.full((len(sets), K, F, L), -1)
-    for row, keywords in enumerate(sets):
-        for k, forms in enumerate(keywords):
-            for f, form in enumerate(forms):
-                ids[row, k, f, : len(form)] = torch.tensor(form)
-    return ids
+                           maxima[:, : int(gaps.max()) + 1], word_end, continuing, padded_forms(sets))  # fmt: skip
 
 
 MODES = st.sampled_from([
@@ -154,7 +143,7 @@ def test_so_do_those_of_a_thousand_random_sets(data):
 CANVAS = Canvas.from_ids(
     torch.tensor([[BOS, 4]]), slot_mask=torch.tensor([[True, True]]),
     continuation_mask=torch.isin(torch.arange(VOCAB), torch.tensor(CONTINUING)),
-    pending_ids=padded([[[[6, 3], [7, 9, 10]], [[9]]]]),
+    pending_ids=padded_forms([[[[6, 3], [7, 9, 10]], [[9]]]]),
 )  # fmt: skip
 
 
@@ -210,7 +199,7 @@ def changed(**fields):
 
 
 def one_keyword(*form):
-    return padded([[[list(form)]]])
+    return padded_forms([[[list(form)]]])
 
 
 REFUSED = {
@@ -247,7 +236,7 @@ def test_what_cannot_be_kept_is_refused_before_any_work(case, monkeypatch):
 )
 def test_a_row_is_written_as_it_is_alone(options):
     sets = [[[[6, 3], [7, 9, 10]], [[9]]], [], [[[12]], [[4, 8]], [[7], [7, 5]]]]
-    ids, forms = torch.tensor([[BOS, 4], [BOS, 6], [BOS, 9]]), padded(sets)
+    ids, forms = torch.tensor([[BOS, 4], [BOS, 6], [BOS, 9]]), padded_forms(sets)
 
     def texts(rows, seeds):
         canvas = Canvas.from_ids(
