@@ -26,6 +26,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from modeling_insnext import ChunkMemoryCache
+from modeling_insnext.runs import write_atomically
 
 
 @dataclass
@@ -84,7 +85,7 @@ def read_book(model, ids: torch.Tensor, arguments: Arguments) -> ChunkMemoryCach
     )
     if file is not None:
         past.save(file, model)
-        stamp.write_text(stamp_of(ids))
+        write_atomically(stamp, stamp_of(ids))
     return past
 
 
