@@ -72,7 +72,7 @@ class WritingTask(NamedTuple):
         """Write into the encoded canvas.
 
         Raises:
-            ValueError: If every token of a chosen slot is barred.
+            ValueError: If every token of a chosen slot is barred in a row that may not stop.
         """
         shown = _put_prompt(streamer, draft, self.canvas)
         if self.config.num_beams > 1:
@@ -216,7 +216,7 @@ class InsertionGenerationMixin(GenerationMixin):
         Raises:
             TypeError: If `generation_config` or `streamer` is none.
             ValueError: If an option does not exist, or has no meaning or effect here, or the canvas breaks a rule;
-                before any work. Later, if every token of a chosen slot is barred.
+                before any work. Later, if every token of a chosen slot is barred in a row that may not stop.
         """
         config, fields = merge_generation_configs(self.generation_config, generation_config, **kwargs)
         asked = asked_options(self.generation_config, generation_config, kwargs)

@@ -58,14 +58,14 @@ class TokenRules(NamedTuple):
     Attributes:
         continuation_mask: bool `[V]`, pieces that glue to the word on their left; barred right of a given word.
         processors: Processors of the token scores.
-        bans: Sequences that are barred or biased.
+        bans: Sequences that are barred or biased, or None.
         allowed_tokens: `prefix_allowed_tokens_fn`, or None.
         keyword_bias: What is added to the scores of tokens that begin a pending keyword.
     """
 
     continuation_mask: torch.Tensor
     processors: LogitsProcessorList
-    bans: Bans
+    bans: Bans | None
     allowed_tokens: Callable[[int, torch.Tensor], list[int]] | None = None
     keyword_bias: float = 0.0
 
@@ -90,7 +90,7 @@ def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: T
     if sets is not None:
         barred = (barred | sets.out_of_place[rows]) & ~sets.go_on[rows]
     scores = scores.masked_fill(barred, -torch.inf)
-    if rules.bans.acts and len(rows):
+    if rules.bans is not None and rules.bans.acts and len(rows):
         texts = zip(scores, draft.texts_as_lists(rows), draft.ranks[rows, slots[rows]].tolist(), strict=True)
         scores = torch.stack([rules.bans.add_to(scores_V, text, rank + 1) for scores_V, text, rank in texts])
     all_act = len(rows) == len(draft)
@@ -116,11 +116,3 @@ def _forbidden(draft, rows, seen, scores, rules: TokenRules) -> torch.Tensor:
         forbidden[row] = True
         forbidden[row, rules.allowed_tokens(origins[row], seen[row, -lengths[row] :])] = False
     return forbidden
-
-
-def nothing_to_write(row: int) -> ValueError:
-    """Return the error for a slot in which every token is barred."""
-    return ValueError(
-        f"no token may be written into the chosen slot of row {row}: logits processors, prefix_allowed_tokens_fn, "
-        "suppressed and continuing pieces leave none"
-    )

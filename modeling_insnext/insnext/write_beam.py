@@ -23,9 +23,10 @@ from typing import NamedTuple
 
 import torch
 
+from .barred import nothing_to_write
 from .draft import Draft
 from .output import InsertionGenerateOutput, collect, finished_row
-from .step import TokenRules, nothing_to_write, token_scores
+from .step import TokenRules, token_scores
 
 
 class Candidate(NamedTuple):
@@ -85,7 +86,7 @@ def write_beams(draft: Draft, config, rules: TokenRules, criteria) -> InsertionG
     """Return the likeliest `num_return_sequences` texts of each canvas.
 
     Raises:
-        ValueError: If a text may not stop and every token is barred.
+        ValueError: If of a canvas no text may stop and in all its slots every token is barred.
     """
     beams, device = config.num_beams, draft.ids.device
     log_p = torch.full((len(draft),), -torch.inf, dtype=torch.float64, device=device)
@@ -97,6 +98,10 @@ def write_beams(draft: Draft, config, rules: TokenRules, criteria) -> InsertionG
         texts = _texts(draft)
         _end(draft, _summed(texts, places[:, -1].tolist()), finished, config)
         pools = _pools(draft, places[:, :-1], texts, beams, rules)
+        for item, ended in enumerate(finished):
+            if not pools[item] and not ended.texts:
+                row = int(log_p.view(-1, beams)[item].argmax()) + item * beams
+                raise nothing_to_write(draft, row, int(places[row, :-1].argmax()), rules)
         kept = [_kept(pool, beams) for pool in pools]
         kept = [[] if _is_over(draft, *pair, config) else pair[1] for pair in zip(finished, kept, strict=True)]
         parents, slots, tokens, log_p, log_mass = _columns(kept, beams, device)
@@ -115,9 +120,6 @@ def write_beams(draft: Draft, config, rules: TokenRules, criteria) -> InsertionG
             _end(draft, ended, finished, config)
             log_p = log_p.masked_fill(ends, -torch.inf)
             draft.running = draft.running & ~ends
-    for item, ended in enumerate(finished):
-        if not ended.texts:
-            raise nothing_to_write(item)
     results = [text for ended in finished for text in ended.best(config.num_return_sequences)]
     return collect(results, draft)
 

@@ -8,17 +8,18 @@ import hashlib
 import torch
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
+from .barred import must_go_on, nothing_to_write
 from .draft import Draft
 from .output import InsertionGenerateOutput, collect, finished_row
 from .pending import Move
-from .step import TokenRules, nothing_to_write, token_scores
+from .step import TokenRules, token_scores
 
 
 def write_sample(draft: Draft, config, rules: TokenRules, criteria, streamer) -> InsertionGenerateOutput:
     """Fill canvases greedily or by sampling, `parallel_slots` tokens a step; rows end one by one.
 
     Raises:
-        ValueError: If every token of a chosen slot is barred.
+        ValueError: If every token of a chosen slot is barred in a row that may not stop.
     """
     sampler = RowSampler(len(draft), config.do_sample, config.seed, draft.ids.device)
     while bool(draft.running.any()):
@@ -133,11 +134,13 @@ def move_scores(draft: Draft, moves: list[list[Move]]) -> tuple[torch.Tensor, to
 def write_tokens(draft, sampler, slots, takes, rules: TokenRules) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose and write a token for every slot that is taken and has room, all from one state.
 
+    A slot in which every token is barred counts as STOP: the row takes neither it nor those that come after it.
+
     Returns:
         Which rows wrote, bool `[R]`, and the scores `[R, V]` of each first slot, `-inf` in rows that stop.
 
     Raises:
-        ValueError: If every token of a slot is barred.
+        ValueError: If every token of a first slot is barred in a row that may not stop.
     """
     first_scores = None
     for q in range(slots.shape[1]):
@@ -150,6 +153,10 @@ def write_tokens(draft, sampler, slots, takes, rules: TokenRules) -> tuple[torch
             best = sampler.add_noise(scores, acts * scores.shape[1]).max(1)
             barred = acts & best.values.isneginf()
             if bool(barred.any()):
-                raise nothing_to_write(int(draft.origins[barred.nonzero()[0, 0]]))
+                stuck = barred & must_go_on(draft)
+                if q == 0 and bool(stuck.any()):
+                    row = int(stuck.nonzero()[0, 0])
+                    raise nothing_to_write(draft, row, int(slots[row, q]), rules)
+                acts, takes = acts & ~barred, torch.cat([takes[:, :q], takes[:, q:] & ~barred[:, None]], 1)
             draft.write(slots[:, q], best.indices, acts)
     return takes[:, 0], first_scores
