@@ -196,7 +196,7 @@ class Document:
         before = self.text
         with self._undoable(whole=True):
             self._become(left + right, task.canvas.input_ids[0].tolist())
-            self.draft.open(task.canvas, task.budget, config.parallel_slots)
+            self.draft.open(task.canvas, task.budget, config)
             task.write(self.draft, streamer)
             self.draft.close()
             written = self._take_in(left, right, int(task.canvas.slot_mask[0].int().argmax()) + 1)

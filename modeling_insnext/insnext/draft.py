@@ -54,6 +54,7 @@ class Draft:
         margins: int64 `[R]`, padding that stood left of the given tokens.
         running: bool `[R]`, rows that still grow.
         pad: what stands left and right of a text.
+        reading_order: whether the slot left of a token closes once that is written.
         step: number of the step, from 1, that the next tokens belong to.
     """
 
@@ -89,6 +90,7 @@ class Draft:
         self.margins = torch.zeros_like(self.lengths)
         self.running = torch.ones_like(self.lengths, dtype=torch.bool)
         self.pad = model.config.pad_token_id or 0
+        self.reading_order = False
         self.step = 0
 
         D = model.config.hidden_size
@@ -111,6 +113,7 @@ class Draft:
         static = config.cache_implementation == "static"
         draft = cls(model, canvas, budget, config.parallel_slots, static, step_encoder(model, config, static))
         draft.pad = draft.pad if config.pad_token_id is None else config.pad_token_id
+        draft.reading_order = config.reading_order
         if attention_mask is not None:
             draft.margins = attention_mask.to(draft.ids.device).long().argmax(1)
         copies = config.num_beams if config.num_beams > 1 else config.num_return_sequences
@@ -166,6 +169,8 @@ class Draft:
         self.following.scatter_(1, slot_R1, torch.where(acts_R1, entry_R1, after_R1))
         self.following[:, self.capacity] = kept
         self.gaps.scatter_(1, entry_R1, gap_R1)
+        if self.reading_order:
+            self.gaps.scatter_(1, slot_R1, torch.where(acts_R1, -1, gap_R1))
         self.steps.scatter_(1, entry_R1, self.step)
         self.words_end.scatter_(1, entry_R1, False)
         self.budget.take(gap_R1.squeeze(1), counts)

@@ -1,4 +1,4 @@
-"""Options of insertion decoding: the fields of `GenerationConfig` and ten more, every one checked.
+"""Options of insertion decoding: the fields of `GenerationConfig` and eleven more, every one checked.
 
 As everywhere in transformers a field left at None is not set: `merge_generation_configs` fills it from the model's
 own configuration, then from the defaults of GenerationConfig and `INSERTION_DEFAULTS`. So an explicit `ebr=False`
@@ -22,6 +22,7 @@ INSERTION_DEFAULTS = {
     "ebr_window": None,
     "parallel_slots": 1,
     "slot_window": None,
+    "reading_order": False,
     "slot_temperature": 1.0,
     "slot_top_p": 1.0,
     "keyword_bias": 7.0,
@@ -181,6 +182,8 @@ class InsertionGenerationConfig(GenerationConfig):
         ebr_window: EBR encodes only the last `ebr_window` entries anew, over the untouched older ones (None: all).
         parallel_slots: Number of slots that one step writes into, at most one token each (1).
         slot_window: Write only into slots next to the last `slot_window` insertions (None: every open slot).
+        reading_order: Close the slot left of every written token, so that what was written into an open slot of the
+            canvas grows at its right end only: steps choose among the slots that are left, and STOP (False).
         slot_temperature: Divides the logits of the slots when `do_sample` (1.0).
         slot_top_p: Nucleus of the slots when `do_sample` (1.0).
         keyword_bias: Added to the scores of tokens that begin a pending keyword, in nats: how readily one is written
@@ -201,6 +204,7 @@ class InsertionGenerationConfig(GenerationConfig):
         ebr_window: int | None = None,
         parallel_slots: int | None = None,
         slot_window: int | None = None,
+        reading_order: bool | None = None,
         slot_temperature: float | None = None,
         slot_top_p: float | None = None,
         keyword_bias: float | None = None,
@@ -216,6 +220,7 @@ class InsertionGenerationConfig(GenerationConfig):
         self.ebr_window = ebr_window
         self.parallel_slots = parallel_slots
         self.slot_window = slot_window
+        self.reading_order = reading_order
         self.slot_temperature = slot_temperature
         self.slot_top_p = slot_top_p
         self.keyword_bias = keyword_bias
@@ -270,7 +275,7 @@ class InsertionGenerationConfig(GenerationConfig):
         Raises:
             ValueError: If an option has a bad value, or two contradict each other.
         """
-        for name in ("left_to_right", "ebr", "do_sample", "return_dict_in_generate"):
+        for name in ("left_to_right", "ebr", "reading_order", "do_sample", "return_dict_in_generate"):
             _check(name, getattr(self, name), "True or False", lambda value: isinstance(value, bool))
         for name in ("ebr_window", "parallel_slots", "slot_window", "num_beams", "num_return_sequences",
                      "max_new_tokens", "max_length"):  # fmt: skip

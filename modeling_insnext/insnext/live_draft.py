@@ -148,16 +148,17 @@ class LiveDraft(Draft):
         twin.cache = self.cache.copy_rows(torch.zeros_like(self.lengths))
         return twin
 
-    def open(self, canvas: Canvas, budget: Budget, parallel: int) -> None:
+    def open(self, canvas: Canvas, budget: Budget, config) -> None:
         """Let the gaps of a canvas of the same tokens be written into.
 
         Args:
             canvas: One row.
             budget: What may be written.
-            parallel: Most tokens that are written in one step.
+            config: Its `parallel_slots` and `reading_order` count.
         """
         N = self.size
-        self._reserve(N + int(budget.limit) + parallel)
+        self._reserve(N + int(budget.limit) + config.parallel_slots)
+        self.reading_order = config.reading_order
         ranks = self.ranks[:, :N]
         self.gaps[:, :N] = canvas.gap_ids.gather(1, ranks)
         self.words_end[:, :N] = canvas.word_end_mask.gather(1, ranks)

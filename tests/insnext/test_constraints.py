@@ -71,7 +71,11 @@ def modes(draw):
     options |= draw(
         st.sampled_from([{}, {}, {"ebr": True}, {"ebr": True, "ebr_ratio": 0}, {"ebr": True, "ebr_window": 2}])
     )
-    options |= draw(st.sampled_from([{}, {}, {"slot_window": 1}, {"slot_window": 3}, {"repetition_penalty": 2.0}]))
+    options |= draw(
+        st.sampled_from(
+            [{}, {}, {"slot_window": 1}, {"slot_window": 3}, {"reading_order": True}, {"repetition_penalty": 2.0}]
+        )
+    )
     return options
 
 

@@ -174,6 +174,7 @@ MODES = {
     "sampling": {"do_sample": True, "seed": [3, 1, 4, 5]},
     "sampling_parallel": {"do_sample": True, "seed": [3, 1, 4, 5], "parallel_slots": 4, "slot_top_p": 0.95},
     "slot_window": {"do_sample": True, "seed": [3, 1, 4, 5], "slot_window": 2},
+    "reading_order": {"do_sample": True, "seed": [3, 1, 4, 5], "reading_order": True, "parallel_slots": 2},
     "penalties": {"repetition_penalty": 1.7, "no_repeat_ngram_size": 2},
     "two_of_three_beams": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0},
 }

@@ -67,6 +67,8 @@ def canvases(draw):
 MODES = st.sampled_from([
     {},
     {"repetition_penalty": 2.0, "slot_window": 1},
+    {"reading_order": True, "parallel_slots": 2, "do_sample": True, "seed": 4},
+    {"reading_order": True, "num_beams": 3},
     {"ebr": True},
     {"ebr": True, "ebr_ratio": 0, "do_sample": True, "seed": 1, "slot_temperature": 3.0, "top_k": 2},
     {"do_sample": True, "seed": 2, "num_return_sequences": 2, "keyword_bias": 0.0, "slot_top_p": 0.7},
