@@ -201,10 +201,14 @@ def main(args: list[str] | None = None) -> dict[str, float]:
         rows = scheduled(insertion, rows, training)
     else:
         collators = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
-    model = add_adapter(load_model(AutoModelForCausalLM, model_args, config), adapter, "CAUSAL_LM")
+    head = ["slot_head"] if insertion.head_learning_rate is not None else None
+    model = add_adapter(load_model(AutoModelForCausalLM, model_args, config), adapter, "CAUSAL_LM", head)
     if tests is not None:
         check_generation(finetuning, model, tokenizer, tests)
-    trainer_class = InsertionTrainer if insnext else TokenMeanTrainer
+    if insnext:
+        trainer_class, collators = InsertionTrainer, {**collators, "learning_rates": insertion.learning_rates}
+    else:
+        trainer_class = TokenMeanTrainer
     trainer = trainer_class(model, training, processing_class=tokenizer, **collators, **rows)
     metrics = train_and_evaluate(trainer, perplexity=not insnext)
     if tests is not None:

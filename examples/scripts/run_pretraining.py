@@ -55,8 +55,6 @@ from modeling_insnext.trainers import TokenMeanTrainer
 
 
 STAGES = ("sentences", "documents")
-# of the slot head; what says the token in a slot begins as the source has it
-CHOOSES_SLOTS = ("query_proj", "key_proj", "stop_key", "edge")
 CONTEXTS = {"words": 0.25, "keywords": 0.35, "spans": 0.15, "prefix": 0.1, "reencode": 0.6, "windowed": 0.1}
 
 
@@ -67,9 +65,6 @@ class PretrainingArguments:
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     stage: str | None = field(default=None, metadata={"help": "InsNeXt: sentences or documents."})
     block_size: int | None = field(default=None, metadata={"help": "Tokens a row."})
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "InsNeXt: of what chooses slots, in the place of --learning_rate."}
-    )
     alignment_weight: float | None = field(
         default=None, metadata={"help": "InsNeXt under an adapter: of the distance to the states of the source."}
     )
@@ -79,8 +74,6 @@ class PretrainingArguments:
             check_choice("stage", self.stage, STAGES)
         if self.block_size is not None and self.block_size < 2:
             raise ValueError(f"block_size must be at least 2, got {self.block_size}")
-        if self.head_learning_rate is not None and not 0 < self.head_learning_rate < float("inf"):
-            raise ValueError(f"head_learning_rate must be finite and above 0, got {self.head_learning_rate}")
         if self.alignment_weight is not None and not 0 <= self.alignment_weight < float("inf"):
             raise ValueError(f"alignment_weight must be finite and at least 0, got {self.alignment_weight}")
 
@@ -90,7 +83,7 @@ def check(args: PretrainingArguments, insertion: InsertionArguments, adapter: Ad
     check_choice("the model type of a checkpoint", config.model_type, ("insnext", "drt"))
     if config.model_type == "drt":
         insertion.refuse("which DRT does not write")
-        for name in ("stage", "head_learning_rate", "alignment_weight"):
+        for name in ("stage", "alignment_weight"):
             if getattr(args, name) is not None:
                 raise ValueError(f"{name} is for model type insnext, got {name}={getattr(args, name)!r} and drt")
         return
@@ -162,8 +155,7 @@ def make_trainer(args: PretrainingArguments, insertion: InsertionArguments, mode
         insertion_collator(insertion, tokenizer, texts, CONTEXTS, training, pack_to=row_length(args, model.config))
         for texts in rows.values()
     ]
-    rates = {} if args.head_learning_rate is None else dict.fromkeys(CHOOSES_SLOTS, args.head_learning_rate)
-    options = {"args": training, "processing_class": tokenizer, "learning_rates": rates}
+    options = {"args": training, "processing_class": tokenizer, "learning_rates": insertion.learning_rates}
     options |= scheduled(insertion, rows, training)
     options |= {"data_collator": collators[0], "eval_data_collator": collators[-1]}
     if args.alignment_weight is None:

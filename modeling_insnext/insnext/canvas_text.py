@@ -70,8 +70,9 @@ def build_canvas(
 ) -> Canvas:
     """Return the canvas of `text` with marks, or of `keywords` with a gap before, between and after them.
 
-    With `ordered=False` the keywords are pending: the canvas is one gap, and `generate` writes each keyword in one of
-    its forms wherever it likes best.
+    With `ordered=False` the keywords are pending: the canvas is one gap, or that of `text` where both are given, and
+    `generate` writes each keyword in one of its forms wherever it likes best. So a prompt can go before them:
+    `text="A note to a friend: ___", keywords=["lunch", "Friday"], ordered=False`.
 
     One space beside a mark is the border of a word: the mark stands for words, and no piece glues to the given word
     there. A mark without one, as in "un___able", stands for a part of the word. Before closing punctuation, after
@@ -87,7 +88,7 @@ def build_canvas(
         keywords: Words or phrases, one list or a batch of lists. Phrases stay whole; white space around one is not
             part of it. A list beside strings is a keyword with alternatives, `[["look", "looks"], "field"]`: it stands
             in the text in one of these forms. A list of lists alone is a batch, so a text of which every keyword has
-            alternatives is written as one: `[[["look", "looks"], ["field", "fields"]]]`.
+            alternatives is written as one: `[[["look", "looks"], ["field", "fields"]]]`. Beside texts, one list a text.
         gap: The mark.
         min_gap_tokens: Least number of tokens in each gap without bounds of its own: one for all, a list with one a
             gap, or a list of such lists, one a row. None is 0.
@@ -99,25 +100,33 @@ def build_canvas(
         device: Device of the tensors.
 
     Raises:
-        ValueError: If there is no text, mark or keyword, bounds contradict each other, gaps touch, a text is no
-            Unicode, the tokenizer has no BOS or no token for a given word, or its ids exceed `vocab_size`.
+        ValueError: If there is no text, mark or keyword, keywords beside a text have an order, bounds contradict each
+            other, gaps touch, a text is no Unicode, the tokenizer has no BOS or no token for a given word, or its ids
+            exceed `vocab_size`.
     """
-    if (text is None) == (keywords is None):
-        raise ValueError(f"give text or keywords, one of both, got text={text!r} and keywords={keywords!r}")
+    if text is None and keywords is None:
+        raise ValueError("give text with marks, keywords or both, got neither")
+    if text is not None and (keywords is None) == (not ordered):
+        raise ValueError(
+            "ordered=False is for keywords, which go into the gaps of a text in any order: got "
+            f"text={text!r}, keywords={keywords!r} and ordered={ordered}"
+        )
     if tokenizer.bos_token_id is None:
         raise ValueError("a canvas starts with BOS, and this tokenizer has no bos_token")
     if not isinstance(gap, str) or not gap.strip():
         raise ValueError(f"gap must be a mark that is not blank, got {gap!r}")
     continuation_mask = continuation_mask_of(tokenizer, vocab_size)
-    if text is not None:
-        if not ordered:
-            raise ValueError("ordered=False is for keywords; the words of a text keep their order")
-        rows = [_text_row(tokenizer, one, gap) for one in _texts(text)]
-    else:
-        batch = _keyword_lists(keywords)
-        if choose is None and ordered and any(len(forms) > 1 for row in batch for forms in row):
+    rows = [] if text is None else [_text_row(tokenizer, one, gap) for one in _texts(text)]
+    batch = [] if keywords is None else [_pieces_of(tokenizer, row, gap) for row in _keyword_lists(keywords)]
+    if text is None and ordered:
+        if choose is None and any(len(forms) > 1 for row in batch for forms in row):
             raise ValueError("alternatives in a given order need choose, which chooses; model.canvas has one")
-        rows = [_keyword_row(tokenizer, forms, gap, ordered, choose) for forms in batch]
+        rows = [_keyword_row(tokenizer, forms, choose) for forms in batch]
+    elif keywords is not None:
+        rows = rows or [Row([tokenizer.bos_token_id], [0], [False], [Gap()], "")] * len(batch)
+        if len(rows) != len(batch):
+            raise ValueError(f"keywords beside texts are one list a text, got {len(batch)} for {len(rows)} texts")
+        rows = [row._replace(pending=forms) for row, forms in zip(rows, batch, strict=True)]
     _warn_of_changes(tokenizer, rows)
     bounds = _gap_bounds(rows, min_gap_tokens, max_gap_tokens)
     canvas = _canvas_of(tokenizer, rows, bounds, continuation_mask)
@@ -220,7 +229,8 @@ def _gap_row(tokenizer, segments: list[Segment], gaps: list[Gap], text: str, mar
     return Row(ids, gap_after, word_end, gaps, "".join(segment.text for segment in segments))
 
 
-def _keyword_row(tokenizer, keywords: list[list[str]], mark: str, ordered: bool, choose) -> Row:
+def _pieces_of(tokenizer, keywords: list[list[str]], mark: str) -> list[list[Given]]:
+    """Return of each keyword its forms, in the middle of a text."""
     for phrase in chain.from_iterable(keywords):
         if mark in phrase:
             raise ValueError(
@@ -228,10 +238,11 @@ def _keyword_row(tokenizer, keywords: list[list[str]], mark: str, ordered: bool,
                 "if these are letters of the word, choose another mark, as gap='<gap>'"
             )
     texts = [[_segment(f" {form.strip()} ", True, True).text for form in forms] for forms in keywords]
-    pieces = [[Given(text, given_ids(tokenizer, text, first=False)) for text in forms] for forms in texts]
+    return [[Given(text, given_ids(tokenizer, text, first=False)) for text in forms] for forms in texts]
+
+
+def _keyword_row(tokenizer, pieces: list[list[Given]], choose) -> Row:
     ids, gap_after, word_end = [tokenizer.bos_token_id], [0], [False]
-    if not ordered:
-        return Row(ids, gap_after, word_end, [Gap()], "", pieces)
     chosen = [0] * len(pieces)
     if any(len(forms) > 1 for forms in pieces):
         chosen = [int(form) for form in choose([[form.ids for form in forms] for forms in pieces])]

@@ -1,5 +1,7 @@
 """What the model chooses before it writes: which of its forms a keyword has."""
 
+import re
+
 import pytest
 import torch
 
@@ -87,6 +89,20 @@ def test_random_sets_of_keywords_stand_whole_each_in_one_of_its_forms(sets):
     # control: a keyword too few, in two forms, or in another order is no such text
     for text in (" old", " old older man", " man old"):
         assert not stands(text, [["old", "older"], ["man"]])
+
+
+@pytest.mark.parametrize("options", [{"seed": 1, "do_sample": True}, {"num_beams": 3}])
+def test_keywords_beside_a_text_stand_in_its_gaps_and_nowhere_else(options):
+    tokenizer, model = tiny_tokenizer(), shipped_model()
+    texts, words = ["the old fox ___ the dog", "a ___ man ___"], [[["sea", "seas"]], ["fish", ["dog", "dogs"]]]
+    canvas = model.canvas(tokenizer, texts, words, ordered=False)
+    out = model.generate(**canvas, max_new_tokens=10, **options)
+    for text, pattern in zip(
+        tokenizer.batch_decode(out, skip_special_tokens=True),
+        (r" ?the old fox .*\b(sea|seas)\b.* the dog", r" ?a (?=.*\bfish\b)(?=.*\b(dog|dogs)\b).*\bman\b.*"),
+        strict=True,
+    ):
+        assert re.fullmatch(pattern, text), text
 
 
 def stands(text, forms):

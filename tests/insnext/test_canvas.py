@@ -193,6 +193,16 @@ def test_keywords_without_an_order_are_pending_in_all_their_forms(kind):
     assert (canvas.pending_ids[1, 1] == -1).all() and (canvas.pending_ids[0, 0, 1] == -1).all()
 
 
+@every_kind
+def test_keywords_beside_a_text_are_pending_in_its_gaps(kind):
+    tokenizer = tokenizer_of(kind)
+    texts, words = ["The ___{,9} fox ___ dog", "The ___"], [["sea", ["fish", "old man"]], ["dog"]]
+    both = build_canvas(tokenizer, texts, words, ordered=False)
+    marks, pending = build_canvas(tokenizer, texts), build_canvas(tokenizer, keywords=words, ordered=False)
+    assert set(both) == {*marks, "pending_ids"} and same_bits(both.pending_ids, pending.pending_ids)
+    assert all(same_bits(both[name], marks[name]) for name in marks)
+
+
 def test_a_list_among_strings_is_a_keyword_and_lists_alone_are_a_batch():
     tokenizer = tokenizer_of("byte_level")
 
@@ -246,8 +256,9 @@ def test_marks_of_one_character_may_be_longer_and_other_marks_are_possible():
 
 
 TEXT_ERRORS = {
-    "one of both": dict(text="a ___", keywords=["fox"]),
-    "give text or keywords": dict(),
+    "ordered=False is for keywords, .* ordered=True": dict(text="a ___", keywords=["fox"]),
+    "one list a text, got 2 for 1 texts": dict(text="a ___", keywords=[["fox"], ["sea"]], ordered=False),
+    "keywords or both, got neither": dict(),
     "at least one mark": dict(text="The fox"),
     "at least one mark '___' to open a gap, got ''": dict(text=""),
     "empty canvas: text": dict(text=[]),

@@ -266,6 +266,10 @@ class ChoiceArguments:
         return front, before[len(front) :] + choice, after
 
 
+# of the slot head; what says the token in a slot begins as the source of a converted model has it
+CHOOSES_SLOTS = ("query_proj", "key_proj", "stop_key", "edge")
+
+
 @dataclass
 class InsertionArguments:
     """How texts become insertion sequences; InsNeXt only. `None` is the script's default."""
@@ -279,6 +283,11 @@ class InsertionArguments:
         metadata={"help": "Share of texts plainly left to right; two: at the beginning and at the end of training."},
     )
     context_step_weight: float | None = field(default=None, metadata={"help": "Weight of the step after a context."})
+    head_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Of what chooses slots, in the place of --learning_rate; under a new adapter the slot head is "
+        "then trained whole."},
+    )
 
     def __post_init__(self):
         get_mixture(self.order_spec)
@@ -293,6 +302,14 @@ class InsertionArguments:
         weight = self.context_step_weight
         if weight is not None and not 0 <= weight < float("inf"):
             raise ValueError(f"context_step_weight must be finite and at least 0, got {weight}")
+        rate = self.head_learning_rate
+        if rate is not None and not 0 < rate < float("inf"):
+            raise ValueError(f"head_learning_rate must be finite and above 0, got {rate}")
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Rates of parts of the model that have one of their own."""
+        return {} if self.head_learning_rate is None else dict.fromkeys(CHOOSES_SLOTS, self.head_learning_rate)
 
     @property
     def order_spec(self) -> str | dict:
