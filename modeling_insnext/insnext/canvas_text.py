@@ -88,7 +88,8 @@ def build_canvas(
         keywords: Words or phrases, one list or a batch of lists. Phrases stay whole; white space around one is not
             part of it. A list beside strings is a keyword with alternatives, `[["look", "looks"], "field"]`: it stands
             in the text in one of these forms. A list of lists alone is a batch, so a text of which every keyword has
-            alternatives is written as one: `[[["look", "looks"], ["field", "fields"]]]`. Beside texts, one list a text.
+            alternatives is written as one: `[[["look", "looks"], ["field", "fields"]]]`. Beside texts,
+            one list a text.
         gap: The mark.
         min_gap_tokens: Least number of tokens in each gap without bounds of its own: one for all, a list with one a
             gap, or a list of such lists, one a row. None is 0.

@@ -64,7 +64,7 @@ BAD = {
     ),
     "head rate of DRT": (
         f"run_pretraining {DRT} {DATA} --head_learning_rate 1",
-        "head_learning_rate is for .*insnext",
+        "head_learning_rate shape insertion sequences, which DRT does not write",
     ),
     "head rate": (
         f"run_pretraining {INSNEXT} {DATA} --stage sentences --head_learning_rate 0",

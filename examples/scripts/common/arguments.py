@@ -285,8 +285,10 @@ class InsertionArguments:
     context_step_weight: float | None = field(default=None, metadata={"help": "Weight of the step after a context."})
     head_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Of what chooses slots, in the place of --learning_rate; under a new adapter the slot head is "
-        "then trained whole."},
+        metadata={
+            "help": "Of what chooses slots, in the place of --learning_rate; the slot head is then trained whole "
+            "under a new adapter, too."
+        },
     )
 
     def __post_init__(self):
