@@ -287,7 +287,8 @@ class InsertionGenerationMixin(GenerationMixin):
         check_generation_kwargs(fields, {*Canvas.field_names(), *config.option_names(), "tokenizer"})
         for name in ("bos_token_id", "eos_token_id"):
             value = getattr(config, name)
-            if name in asked and value not in (getattr(self.generation_config, name), getattr(self.config, name)):
+            known = [_ids(getattr(self.generation_config, name)), _ids(getattr(self.config, name))]
+            if name in asked and _ids(value) not in known:
                 raise ValueError(
                     f"{name}={value!r} has no effect when text is inserted: a canvas brings its BOS, and a text ends "
                     "when STOP is chosen; use stop_strings or stopping_criteria"
@@ -326,6 +327,11 @@ class InsertionGenerationMixin(GenerationMixin):
             device=self.device,
             model_kwargs={},
         )
+
+
+def _ids(value: int | list[int] | None) -> list[int] | None:
+    """Return a special token as Transformers reads it: one id or a list of them."""
+    return [value] if isinstance(value, int) else value
 
 
 def _check_left_to_right(config, asked) -> None:

@@ -61,6 +61,7 @@ def test_what_a_checkpoint_sets_may_rest():
     model.generation_config.update(slot_temperature=0.5, ebr_window=3, ebr_ratio=0.5, slot_top_p=0.9)
     model.generate(PROMPT, max_new_tokens=2, ebr=False)
     model.generate(PROMPT, max_new_tokens=2, generation_config=model.generation_config, eos_token_id=2, bos_token_id=1)
+    model.generate(PROMPT, max_new_tokens=2, eos_token_id=[2])
     # control: what has an effect is taken
     model.generate(PROMPT, max_new_tokens=2, do_sample=True, seed=1, slot_temperature=2.0, ebr=True, ebr_window=4)
 
