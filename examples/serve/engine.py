@@ -256,4 +256,6 @@ class Engine:
             options["seed"] = seed
         if settings.ebr is not None:
             options["ebr"] = settings.ebr
+        if settings.reading_order:
+            options["reading_order"] = True
         return self.model.generate(**Canvas.stack([row.prepared.canvas for row in rows]), **options)

@@ -1,5 +1,6 @@
 """One request on its way: what is asked, the rows that answer it, what it tells the client."""
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ class Settings(NamedTuple):
 
     Attributes:
         insert: Write by insertion; else from left to right.
+        reading_order: Insert from left to right, so that text becomes final as it grows.
         max_tokens: Most tokens a row.
         samplers: (name, value) of what narrows the choice of a token, in order; None: greedy.
         slot_temperature: Divides the logits of the places.
@@ -26,12 +28,18 @@ class Settings(NamedTuple):
 
     insert: bool
     max_tokens: int
+    reading_order: bool = False
     samplers: tuple[tuple[str, float], ...] | None = None
     slot_temperature: float = 1.0
     slot_top_p: float = 1.0
     repetition_penalty: float | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     ebr: bool | None = None
+
+    @property
+    def grows_right(self) -> bool:
+        """Whether what is written comes behind what was written before."""
+        return self.reading_order or not self.insert
 
 
 class Cuts(NamedTuple):
@@ -117,21 +125,27 @@ class Row:
     def settle(self, tokenizer) -> str:
         """Return the text as the client gets it: cut where it ends, and while it grows without what may still change.
 
-        A stop string ends a text that still grows from left to right.
+        A stop string ends a text that grows from left to right.
         """
         text = decoded(tokenizer, self.prepared, self.tokens, len(self.written))
+        if self.finish is not None and self.prepared.add_space and text:
+            text += " "
         place, self.stop_word = cut_place(text, self.job.cuts.stops, self.job.cuts.indent)
         if place is not None:
             self.finish = "word" if self.stop_word else "length"
             return text[:place]
-        return text[: len(text) - held_back(text, self.job.cuts.stops)] if self.finish is None else text
+        return text[: len(text) - held_back(text, self.job.cuts)] if self.finish is None else text
 
 
-def held_back(text: str, stops: tuple[str, ...]) -> int:
-    """Return how many characters at the end may still become part of a stop string, or are half a character."""
+def held_back(text: str, cuts: Cuts) -> int:
+    """Return how many characters at the end may yet be cut off, or are half a character."""
     # the bytes of one character may come in several tokens
     held = len(text) - len(text.rstrip("\ufffd"))
-    for stop in stops:
+    if cuts.indent:
+        # how far a line is indented shows with its first letter
+        line = re.search(rf"\n[ \t]{{0,{cuts.indent - 1}}}\ufffd*$", text)
+        held = max(held, len(line[0])) if line else held
+    for stop in cuts.stops:
         for length in range(min(len(stop) - 1, len(text)), held, -1):
             if text.endswith(stop[:length]):
                 held = length

@@ -10,7 +10,7 @@ from .asked import Asked, data, stream
 from .engine import Engine
 from .errors import refused
 from .job import Cuts, Event, Job, Row, Settings
-from .openai_api import check_model
+from .openai_api import check_model, check_order, in_reading_order
 from .schema import Infill, check_most, read
 from .texts import Around
 
@@ -71,12 +71,14 @@ def job_fields(engine: Engine, asked: Infill) -> dict:
     check_most("n_predict", asked.n_predict, engine.limits.max_tokens)
     if asked.input_suffix and not engine.inserts:
         raise refused(f"{engine.name} writes from left to right: input_suffix needs an InsNeXt", "input_suffix")
+    check_order(asked.order, asked.input_suffix, "input_suffix")
     outside = [token for token, _ in asked.logit_bias if token >= len(engine.pieces)]
     if outside:
         raise refused(f"logit_bias must have tokens in [0, {len(engine.pieces)}), got {outside[0]}", "logit_bias")
     steps = sampling_steps(asked)
     settings = Settings(
         insert=bool(asked.input_suffix),
+        reading_order=in_reading_order(asked.order, asked.input_suffix, asked.stream),
         max_tokens=engine.limits.max_tokens if asked.n_predict < 0 else asked.n_predict,
         samplers=steps,
         slot_temperature=dict(steps or ()).get("temperature", 1.0),
@@ -135,12 +137,19 @@ class Answer:
 
     def __init__(self, engine: Engine, asked: Infill):
         self.engine, self.asked, self.arrived = engine, asked, time.monotonic()
+        # tokens whose text has not been sent yet, as those of half a character
+        self.unsent: list[int] = []
 
     def frames(self, event: Event) -> list[str]:
         """Return the chunks of an event."""
-        if event.kind == "piece" and event.text:
-            tokens = [event.insertion.token] if event.insertion is not None and not self.asked.input_suffix else []
-            return [data({"index": 0, "content": event.text, "tokens": tokens, "stop": False})]
+        if event.kind == "piece":
+            # a row that is still written into is not to be looked at from here
+            one = [event.insertion] if event.insertion is not None else []
+            written = one if event.row.job.settings.grows_right else event.row.reading_order()
+            self.unsent += [insertion.token for insertion in written]
+            if event.text:
+                tokens, self.unsent = self.unsent, []
+                return [data({"index": 0, "content": event.text, "tokens": tokens, "stop": False})]
         if event.kind == "row":
             # the text has been sent
             last = {**self.whole(event.row), "content": "", "tokens": []}

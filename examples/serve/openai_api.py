@@ -86,10 +86,12 @@ def job_fields(engine: Engine, asked: Completion) -> dict:
         raise refused("stream_options needs stream=true", "stream_options")
     if asked.suffix and not engine.inserts:
         raise refused(f"{engine.name} reads and writes from left to right: a suffix needs an InsNeXt", "suffix")
+    check_order(asked.order, asked.suffix, "suffix")
     temperature = 1.0 if asked.temperature is None else asked.temperature
     top_p = 1.0 if asked.top_p is None else asked.top_p
     settings = Settings(
         insert=bool(asked.suffix),
+        reading_order=in_reading_order(asked.order, asked.suffix, asked.stream),
         max_tokens=asked.max_tokens or 16,
         samplers=samplers(temperature, top_p),
         slot_temperature=temperature or 1.0,
@@ -106,6 +108,21 @@ def job_fields(engine: Engine, asked: Completion) -> dict:
         "pieces": "text" if asked.stream else None,
         "tops": asked.logprobs,
     }
+
+
+def check_order(order: str | None, suffix: str | None, name: str) -> None:
+    """Refuse an order of writing where there is only one.
+
+    Raises:
+        ApiError: If `order` is given and the suffix, of that name, is not.
+    """
+    if order is not None and not suffix:
+        raise refused(f"order needs a {name}: without one the text is written from left to right", "order")
+
+
+def in_reading_order(order: str | None, suffix: str | None, stream: bool | None) -> bool:
+    """Return whether text is inserted from left to right: as asked for, else where its reader waits for it."""
+    return bool(suffix) and (order == "reading" or (order is None and bool(stream)))
 
 
 def bias_of(engine: Engine, bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
@@ -154,7 +171,7 @@ class Answer:
             return [self.chunk(index, source.left) for index, source in enumerate(self.sources)]
         if event.kind == "piece":
             written = [event.insertion] if event.insertion is not None else []
-            if self.engine.inserts and self.asked.suffix:
+            if not event.row.job.settings.grows_right:
                 written = event.row.reading_order()
             logprobs = self.logprobs(event.row, written)
             return [self.chunk(event.row.index, event.text, logprobs)] if event.text or logprobs else []

@@ -18,6 +18,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 Word = Annotated[str, Field(max_length=200)]
+# in which order text is inserted before a suffix: "reading" is from left to right, "free" as the model likes
+Order = Literal["free", "reading"]
 
 
 class Body(BaseModel):
@@ -49,6 +51,8 @@ class Completion(Body):
     frequency_penalty: Zero | None = 0.0
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     user: str | None = None
+    # of ours
+    order: Order | None = None
 
 
 class Extra(Body):
@@ -102,6 +106,8 @@ class Infill(Body):
     t_max_prompt_ms: Count = 0
     t_max_predict_ms: Count = 0
     response_fields: Annotated[list[str], Field(max_length=64)] = []
+    # of ours
+    order: Order | None = None
 
 
 class GenerateParameters(Body):

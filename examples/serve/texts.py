@@ -191,14 +191,14 @@ def nearest(extra: list[int], left: list[int], right: list[int], room: int) -> t
 
 
 def decoded(tokenizer, prepared: Prepared, tokens: list[int], written: int) -> str:
-    """Return what was written, between the given sides, or of a canvas of our own the whole text."""
+    """Return what was written behind the left side, or of a canvas of our own the whole text."""
     if prepared.left is None:
         return text_of(tokenizer, tokens[prepared.bos :]).removeprefix(" ")
     before, middle = tokens[prepared.bos : prepared.left], tokens[prepared.left : prepared.left + written]
     text = text_behind(tokenizer, before, middle)
     if prepared.cut_space or not before:
         text = text.removeprefix(" ")
-    return text + " " if prepared.add_space and text else text
+    return text
 
 
 def pieces_of(tokenizer, ids: list[int], pieces: list[str]) -> list[str]:

@@ -77,7 +77,7 @@ class Watch:
 
     def _tell(self, row: Row) -> None:
         """Decide whether the row ends, and tell its job what it wants to know."""
-        job, grows_right = row.job, not self.settings.insert
+        job, grows_right = row.job, self.settings.grows_right
         wrote = bool(row.written) and row.written[-1].step == self.step
         if row.finish is None and (job.cancelled.is_set() or len(row.written) >= self.settings.max_tokens
                                    or time.monotonic() > job.deadline or self._is_late(row)):  # fmt: skip

@@ -1,7 +1,11 @@
 """`/infill` as llama.vim and llama.vscode send it."""
 
+import itertools
+
 import pytest
 
+from examples.serve.job import Cuts, held_back
+from examples.serve.texts import cut_place
 from tests.support.serving import events, post, served, tiny_engine
 
 
@@ -59,6 +63,12 @@ def url():
         yield url
 
 
+@pytest.fixture(scope="module")
+def long_url():
+    with served(tiny_engine(least=8)) as url:
+        yield url
+
+
 def infill(url, **fields) -> dict:
     status, body = post(f"{url}/infill", fields)
     assert status == 200, body
@@ -89,11 +99,15 @@ def test_health_and_props_say_what_editors_ask(url):
     assert props["model_alias"] == "tiny" and props["modalities"] == {"vision": False, "audio": False}
 
 
-def test_streamed_text_is_the_text(url):
-    for suffix in (" and the sea", ""):
-        whole = infill(url, **{**PLAIN, "input_suffix": suffix})
-        chunks = [data for _, data in events(f"{url}/infill", {**PLAIN, "input_suffix": suffix, "stream": True})]
+def test_streamed_text_is_the_text(long_url):
+    for way in ({"order": "reading"}, {"order": "free"}, {"input_suffix": ""}):
+        asked = {**PLAIN, **way, "n_predict": 12}
+        whole = infill(long_url, **asked, return_tokens=True)
+        chunks = [data for _, data in events(f"{long_url}/infill", {**asked, "stream": True})]
         assert "".join(chunk["content"] for chunk in chunks) == whole["content"]
+        # in free order nothing is final before the end
+        assert (sum(chunk["content"] != "" for chunk in chunks) > 1) == (way != {"order": "free"})
+        assert [token for chunk in chunks for token in chunk["tokens"]] == whole["tokens"]
         assert [chunk["stop"] for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
         assert chunks[-1]["stop_type"] == whole["stop_type"]
 
@@ -147,12 +161,33 @@ def test_time_for_the_prompt_bounds_the_context():
 
 
 def test_lines_indented_too_little_are_cut():
-    from examples.serve.texts import cut_place
-
     text = "x = 1\n    y = 2\n\nz = 3"
     assert text[: cut_place(text, (), 4)[0]] == "x = 1\n    y = 2\n"
     assert cut_place(text, (), 0) == (None, "")
     assert cut_place(text, ("y",), 4) == (text.index("y"), "y")
+
+
+@pytest.mark.parametrize(
+    "cuts", [Cuts(), Cuts(indent=1), Cuts(indent=2), Cuts((" b", "a\n"), 2), Cuts(("\n ",))], ids=str
+)
+def test_what_is_shown_while_a_text_grows_is_the_beginning_of_what_it_ends_as(cuts):
+    for letters in itertools.product(" \nab", repeat=6):
+        text, shown = "".join(letters), ""
+        for length in range(1, 7):
+            grown = text[:length]
+            place, _ = cut_place(grown, cuts.stops, cuts.indent)
+            if place is not None:
+                grown = grown[:place]
+                break
+            shown = grown[: length - held_back(grown, cuts)]
+            # no more is held back than may be cut, so what is over has been shown
+            assert cuts != Cuts() or shown == grown
+        assert grown.startswith(shown)
+
+
+def test_control_without_indents_held_back_a_line_that_is_cut_would_have_been_shown():
+    assert held_back("x\n ", Cuts()) == 0 and held_back("x\n ", Cuts(indent=2)) == 2
+    assert cut_place("x\n y", (), 2) == (1, "")
 
 
 def test_probabilities_and_tokens_come_when_asked(url):
@@ -169,6 +204,7 @@ REFUSED = {
     "adapter": {"lora": [{"id": 0, "scale": 1.0}]},
     "unknown": {"image_data": []},
     "sampler": {"samplers": ["greedy"]},
+    "order": {"order": "any"},
     "window of penalties": {"repeat_last_n": 64},
 }
 

@@ -20,6 +20,12 @@ def client(url):
 
 
 @pytest.fixture(scope="module")
+def long_client():
+    with served(tiny_engine(least=8)) as url:
+        yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
 def drt_client():
     with served(tiny_engine("drt")) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
@@ -52,9 +58,14 @@ def test_models_are_listed(client):
         client.models.retrieve("gpt-4")
 
 
-@pytest.mark.parametrize("suffix", [None, " and the sea"], ids=["continued", "inserted"])
-def test_streamed_text_is_the_text(client, suffix):
-    fields = {**ASKED, "suffix": suffix, "n": 2}
+# what is streamed is written from left to right, with a suffix too; what is not, only if it is asked for
+IN_ORDER = {"suffix": " and the sea", "extra_body": {"order": "reading"}}
+both_ways = pytest.mark.parametrize("way", [{}, IN_ORDER], ids=["continued", "inserted"])
+
+
+@both_ways
+def test_streamed_text_is_the_text(client, way):
+    fields = {**ASKED, **way, "n": 2}
     whole = client.completions.create(**fields)
     assert len(set(texts(whole))) == 2
     text, reasons, usage = streamed(client, **fields, stream_options={"include_usage": True})
@@ -63,6 +74,29 @@ def test_streamed_text_is_the_text(client, suffix):
     assert usage == whole.usage
     # control: another seed writes something else
     assert texts(client.completions.create(**{**fields, "seed": 4})) != texts(whole)
+
+
+def test_a_suffix_is_streamed_in_reading_order_unless_the_free_one_is_asked_for(long_client):
+    fields = {**ASKED, "suffix": " and the sea", "max_tokens": 12}
+
+    def chunks(**order):
+        return [one.choices[0].text for one in long_client.completions.create(**fields, stream=True, **order)]
+
+    free, reading = {"extra_body": {"order": "free"}}, {"extra_body": {"order": "reading"}}
+    in_order = chunks()
+    assert in_order == chunks(**reading) and sum(map(bool, in_order)) > 1
+    whole = long_client.completions.create(**fields)
+    assert whole.choices == long_client.completions.create(**fields, **free).choices
+    # nothing of it is final before the end
+    assert [text for text in chunks(**free) if text] == texts(whole)
+    assert "".join(in_order) == texts(long_client.completions.create(**fields, **reading))[0] != texts(whole)[0]
+
+
+def test_a_streamed_suffix_is_met_with_one_space(client):
+    spaced = {**ASKED, "prompt": "the old man ", "suffix": "and the sea"}
+    text = streamed(client, **spaced)[0][0]
+    assert text == texts(client.completions.create(**spaced, extra_body={"order": "reading"}))[0]
+    assert not text.startswith(" ") and text.endswith(" ") and not text.endswith("  ")
 
 
 def test_usage_counts_given_and_written_tokens(client):
@@ -91,16 +125,26 @@ def test_a_drt_continues_and_refuses_a_suffix(drt_client):
         drt_client.completions.create(**ASKED, suffix=" sea")
 
 
-@pytest.mark.parametrize("suffix", [None, " and the sea"], ids=["continued", "inserted"])
-def test_a_text_ends_before_its_first_stop_string(client, suffix):
-    fields = {**ASKED, "suffix": suffix, "max_tokens": 12}
-    text = texts(client.completions.create(**fields))[0]
+@both_ways
+def test_a_text_ends_before_its_first_stop_string(long_client, way):
+    fields = {**ASKED, **way, "max_tokens": 12}
+    text = texts(long_client.completions.create(**fields))[0]
     stop = text[len(text) // 2 :][:2]
-    cut = client.completions.create(**fields, stop=["never there", stop])
+    cut = long_client.completions.create(**fields, stop=["never there", stop])
     assert cut.choices[0].text == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"
-    assert streamed(client, **fields, stop=stop)[0][0] == text[: text.index(stop)]
+    assert streamed(long_client, **fields, stop=stop)[0][0] == text[: text.index(stop)]
+    # the writing ends there
+    assert cut.usage.completion_tokens < long_client.completions.create(**fields).usage.completion_tokens
     assert stop in text
+
+
+def test_a_text_that_grew_in_any_place_is_cut_before_its_first_stop_string(long_client):
+    fields = {**ASKED, "suffix": " and the sea", "max_tokens": 12}
+    whole = long_client.completions.create(**fields)
+    stop = texts(whole)[0][len(texts(whole)[0]) // 2 :][:2]
+    cut = long_client.completions.create(**fields, stop=stop)
+    assert texts(cut)[0] == texts(whole)[0].split(stop)[0] and cut.usage == whole.usage
 
 
 @pytest.mark.parametrize("suffix", [None, " and the sea"], ids=["continued", "inserted"])
@@ -111,6 +155,15 @@ def test_logprobs_are_those_of_a_distribution(client, suffix):
         # greedy takes the best; several ids may have one text, as � for parts of characters
         assert math.isclose(log_p, max(top.values()))
         assert sum(map(math.exp, top.values())) <= 1 + 1e-6
+    chunks = client.completions.create(**{**ASKED, "temperature": 0}, suffix=suffix, logprobs=5, stream=True)
+    tables = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs is not None]
+    assert max(len(table.tokens) for table in tables) == 1
+    whole = client.completions.create(
+        **{**ASKED, "temperature": 0}, suffix=suffix, logprobs=5, extra_body={"order": "reading"} if suffix else {}
+    )
+    for name in ("tokens", "token_logprobs", "text_offset"):
+        joined = [value for table in tables for value in getattr(table, name)]
+        assert joined == getattr(whole.choices[0].logprobs, name)
     # control: at temperature 2 it is not always the best one that is taken
     hot = client.completions.create(**{**ASKED, "temperature": 2}, suffix=suffix, logprobs=1).choices[0].logprobs
     assert any(log_p < max(top.values()) for log_p, top in zip(hot.token_logprobs, hot.top_logprobs, strict=True))
@@ -147,6 +200,8 @@ REFUSED = {
     "token ids": ({"prompt": [3, 4]}, openai.BadRequestError, "prompt"),
     "bias": ({"logit_bias": {"300": 1}}, openai.BadRequestError, "got '300'"),
     "echo with logprobs": ({"echo": True, "logprobs": 1}, openai.BadRequestError, "echo with logprobs"),
+    "order without a suffix": ({"extra_body": {"order": "free"}}, openai.BadRequestError, "order needs a suffix"),
+    "order": ({"extra_body": {"order": "any"}}, openai.BadRequestError, "order"),
     "long prompt": ({"prompt": "sea " * 300}, openai.BadRequestError, "at most 250 tokens"),
 }
 

@@ -14,6 +14,7 @@ from examples.serve.job import Cuts, Job, Settings
 from examples.serve.openai_api import job_fields
 from examples.serve.schema import Completion
 from examples.serve.texts import Around
+from examples.serve.watch import Watch
 from tests.support.serving import post, served, tiny_engine
 
 
@@ -44,11 +45,15 @@ def waits(condition) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("suffix", ["", " and the sea"], ids=["continued", "inserted"])
-def test_a_seed_writes_the_same_alone_and_under_load(suffix):
+@pytest.mark.parametrize(
+    "way",
+    [{}, {"suffix": " and the sea"}, {"suffix": " and the sea", "order": "reading"}],
+    ids=["continued", "inserted", "in_order"],
+)
+def test_a_seed_writes_the_same_alone_and_under_load(way):
     engine = tiny_engine()
-    asked = [{**ASKED, "suffix": suffix, "seed": seed} for seed in range(4)]
-    others = [{**ASKED, "suffix": suffix} for _ in range(8)]
+    asked = [{**ASKED, **way, "seed": seed} for seed in range(4)]
+    others = [{**ASKED, **way} for _ in range(8)]
     with served(engine) as url, ThreadPoolExecutor(12) as pool:
 
         def ask(fields):
@@ -116,6 +121,61 @@ def test_who_hangs_up_stops_the_writing(stream):
     assert len(jobs[0].rows[0].written) <= 1
     # control: the one who stayed has all of it
     assert len(jobs[1].rows[0].written) == 20
+
+
+class Held:
+    """Holds the writing before a step until it is let go, or for two seconds, and counts steps."""
+
+    def __init__(self, monkeypatch, at: int):
+        self.gate, self.in_time, self.steps, see = threading.Event(), None, 0, Watch.see
+
+        def held(watch, seen, scores):
+            self.steps = watch.step + 1
+            if self.steps == at:
+                self.in_time = self.gate.wait(2)
+            see(watch, seen, scores)
+
+        monkeypatch.setattr(Watch, "see", held)
+
+
+def first_text_of(url, **fields) -> tuple[http.client.HTTPConnection, str]:
+    """Ask for a stream and return when its first text is there."""
+    connection = http.client.HTTPConnection(urlparse(url).netloc)
+    body = json.dumps({**ASKED, "suffix": " and the sea", "seed": 3, "stream": True, **fields})
+    connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    while True:
+        line = response.readline().decode()
+        assert line, "no text"
+        if line.startswith("data: {") and (text := json.loads(line[6:])["choices"][0]["text"]):
+            return connection, text
+
+
+@pytest.mark.parametrize("order", ["reading", "free"])
+def test_text_before_a_suffix_comes_while_it_is_written_in_reading_order_only(order, monkeypatch):
+    held = Held(monkeypatch, at=5)
+    with served(tiny_engine(least=8)) as url:
+        connection, _ = first_text_of(url, order=order)
+        held.gate.set()
+        waits(lambda: held.in_time is not None)
+        connection.close()
+    assert held.in_time == (order == "reading")
+
+
+def test_who_hangs_up_while_a_suffix_is_streamed_stops_the_writing(monkeypatch):
+    engine, jobs = tiny_engine(least=8), []
+    submit = engine.submit
+    engine.submit = lambda job: (jobs.append(job), submit(job))[1]
+    held = Held(monkeypatch, at=5)
+    with served(engine) as url:
+        connection, _ = first_text_of(url)
+        connection.close()
+        waits(lambda: jobs[0].cancelled.is_set())
+        held.gate.set()
+        whole = post(f"{url}/v1/completions", {**ASKED, "suffix": " and the sea", "seed": 3, "order": "reading"})[1]
+    assert len(jobs[0].rows[0].written) <= 5
+    # control: the one who stayed has more
+    assert whole["usage"]["completion_tokens"] > 5
 
 
 def test_what_waits_too_long_is_told_so_and_what_writes_too_long_ends():

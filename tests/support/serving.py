@@ -19,13 +19,15 @@ from tests.support.tokenizers import tiny_tokenizer
 VOCAB = 300
 
 
-def tiny_engine(architecture: str = "insnext", **limits) -> Engine:
-    """Return an engine with a model of random weights that writes any byte."""
+def tiny_engine(architecture: str = "insnext", least: int = 0, **limits) -> Engine:
+    """Return an engine with a model of random weights that writes any byte, and at least so many tokens."""
     tokenizer = tiny_tokenizer(VOCAB, all_bytes=True)
     if architecture == "insnext":
         model = insnext.shipped_model(vocab_size=VOCAB, max_position_embeddings=256)
     else:
         model = drt.tiny_model(dtype=None, vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    if least:
+        model.generation_config.min_new_tokens = least
     return Engine(model, tokenizer, "tiny", Limits(**limits))
 
 
