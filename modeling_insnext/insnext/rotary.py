@@ -23,6 +23,11 @@ from .attention import Interval, insertion_offsets, sdpa_attention, visible_keys
 from .rope import Rope, turn
 
 
+# fewer to a block, fewer angles; more, fewer matmuls
+QUERIES_PER_BLOCK = 32
+MOST_BLOCKS = 16
+
+
 class RotaryPairs(NamedTuple):
     """The definition: every key is turned by its offset for every query.
 
@@ -62,21 +67,45 @@ class RotarySegments(NamedTuple):
     pair_BQK: torch.Tensor | None
     mask_B1QK: torch.Tensor
 
-    def attend(self, module, query, key, value, dropout: float) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return attention as `[B, Q, H, D]`, and its weights where they exist."""
+    def attend(self, module, query, key, value, dropout: float) -> tuple[torch.Tensor, None]:
+        """Return attention as `[B, Q, H, D]`."""
         key = turn(key, *self.key_turns)
         if self.pair_BQK is None:
             query = turn(query, *self.query_turns)
             return sdpa_attention(module, query, key, value, self.mask_B1QK, module.scaling, dropout)
         B, H, Q, D = query.shape
         P, (KV, K) = self.owner_BP.shape[1], key.shape[1:3]
-        query = query.gather(2, self.owner_BP[:, None, :, None].expand(B, H, P, D))
+        query = (query * module.scaling).gather(2, self.owner_BP[:, None, :, None].expand(B, H, P, D))
         # heads that share their keys are rows of one matmul
         query = turn(query, *self.query_turns).reshape(B, KV, -1, D)
         scores = (query @ key.transpose(2, 3)).view(B, H, P, K)
-        scores = scores.gather(2, self.pair_BQK[:, None].expand(B, H, Q, K))
-        value = repeat_kv(value, H // KV)
-        return _weighted(module, scores * module.scaling + self.mask_B1QK, value, dropout)
+        scores = scores.gather(2, self.pair_BQK[:, None].expand(B, H, Q, K)) + self.mask_B1QK
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+        weights = torch.nn.functional.dropout(weights, p=dropout, training=module.training)
+        out = weights.view(B, KV, -1, K) @ value
+        return out.view(B, H, Q, D).transpose(1, 2), None
+
+
+class RotaryBlock(NamedTuple):
+    """Queries that stand side by side in the order of writing, the keys that they see, and how they meet these."""
+
+    queries: slice
+    keys: slice
+    segments: RotarySegments
+
+
+class RotaryBlocks(NamedTuple):
+    """Queries block by block: `RotarySegments` with ranks as the last query of a block leaves them."""
+
+    blocks: list[RotaryBlock]
+
+    def attend(self, module, query, key, value, dropout: float) -> tuple[torch.Tensor, None]:
+        """Return attention as `[B, Q, H, D]`."""
+        outs = [
+            segments.attend(module, query[:, :, queries], key[:, :, keys], value[:, :, keys], dropout)[0]
+            for queries, keys, segments in self.blocks
+        ]
+        return torch.cat(outs, 1), None
 
 
 def _weighted(module, scores_BHQK, value_BHKD, dropout):
@@ -92,20 +121,52 @@ def rotary_pairs(interval: Interval, rope: Rope, dtype: torch.dtype) -> RotaryPa
     return RotaryPairs((cos * rope.factor, sin * rope.factor), additive_mask(visible_keys(interval), dtype))
 
 
-def rotary_segments(interval: Interval, rope: Rope, dtype: torch.dtype) -> RotarySegments:
-    """Return what `sdpa` attends by."""
-    entries_BQ, mask_B1QK = interval.entries_BQ, additive_mask(visible_keys(interval), dtype)
-    base_BK = interval.positions_BK if interval.ranked else text_ranks(interval)
-    own_BQ = base_BK.gather(1, entries_BQ)
-    owner_BP = pair_BQK = None
-    if not interval.ranked:
-        angle_BQK = base_BK[:, None] - insertion_offsets(interval)
+def rotary_segments(interval: Interval, rope: Rope, dtype: torch.dtype) -> RotarySegments | RotaryBlocks:
+    """Return what `sdpa` attends by: blocks, unless each query meets one angle only."""
+    everything = slice(0, interval.entries_BQ.shape[1]), slice(0, interval.positions_BK.shape[1])
+    visible_BQK = visible_keys(interval)
+    if interval.ranked:
+        own_BQ = interval.positions_BK.gather(1, interval.entries_BQ)
+        return _met(interval.positions_BK, own_BQ, None, visible_BQK, rope, dtype)
+    order_BK, offsets_BQK = text_order(interval), insertion_offsets(interval)
+
+    def read(queries: slice, keys: slice, pairs: bool) -> RotarySegments | None:
+        base_BK = ranks_at(order_BK, interval.horizon_BQ[:, queries])
+        own_BQ = base_BK.gather(1, interval.entries_BQ[:, queries])
+        visible = visible_BQK[:, queries, keys]
+        angle_BQK = base_BK[:, None, keys] - offsets_BQK[:, queries, keys]
         # a query meets itself under its own b, and so may whatever it does not see
-        angle_BQK = torch.where(visible_keys(interval), angle_BQK, own_BQ[..., None])
-        if (angle_BQK != own_BQ[..., None]).any():
-            own_BQ, owner_BP, pair_BQK = segments(angle_BQK)
+        angle_BQK = torch.where(visible, angle_BQK, own_BQ[..., None])
+        several = bool((angle_BQK != own_BQ[..., None]).any())
+        if several and not pairs:
+            return None
+        return _met(base_BK[:, keys], own_BQ, angle_BQK if several else None, visible, rope, dtype)
+
+    # a compiler would make a graph of each block
+    whole = read(*everything, pairs=torch.compiler.is_compiling())
+    if whole is not None:
+        return whole
+    return RotaryBlocks([RotaryBlock(*block, read(*block, pairs=True)) for block in blocks_of(interval)])
+
+
+def _met(base_BK, own_BQ, angle_BQK, visible_BQK, rope: Rope, dtype) -> RotarySegments:
+    owner_BP = pair_BQK = None
+    if angle_BQK is not None:
+        own_BQ, owner_BP, pair_BQK = segments(angle_BQK)
     key_turns, query_turns = rope.turns(base_BK[:, None], dtype), rope.turns(own_BQ[:, None], dtype)
-    return RotarySegments(key_turns, query_turns, owner_BP, pair_BQK, mask_B1QK)
+    return RotarySegments(key_turns, query_turns, owner_BP, pair_BQK, additive_mask(visible_BQK, dtype))
+
+
+def blocks_of(interval: Interval) -> list[tuple[slice, slice]]:
+    """Return blocks of queries, and what keys those of all rows see; the device is asked once."""
+    Q = interval.entries_BQ.shape[1]
+    width = max(QUERIES_PER_BLOCK, -(-Q // MOST_BLOCKS))
+    queries = [slice(first, min(first + width, Q)) for first in range(0, Q, width)]
+    first = torch.stack([interval.start_BQ[:, block].min() for block in queries])
+    last = torch.stack([interval.horizon_BQ[:, block].max() for block in queries])
+    return [
+        (block, slice(low, high + 1)) for block, low, high in zip(queries, first.tolist(), last.tolist(), strict=True)
+    ]
 
 
 def segments(angle_BQK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,20 +193,26 @@ def segments(angle_BQK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch
     return angle_BP, owner_BP, pair_BQK
 
 
-def text_ranks(interval: Interval) -> torch.Tensor:
-    """Return the rank of every key in its own text as all keys leave it, int64 `[B, K]`.
+def text_order(interval: Interval) -> torch.Tensor:
+    """Return the keys of every row in the order of the text, one text behind the other, int64 `[B, K]`.
 
-    Behind a cache a row holds one text, and keys that nobody sees come last.
+    Behind a cache a row holds one text.
     """
-    positions_BK, start_BQ, horizon_BQ, *_ = interval
-    text_BK = start_BQ
-    if start_BQ.shape != positions_BK.shape:
-        key_K = torch.arange(positions_BK.shape[1], device=positions_BK.device)
-        text_BK = (key_K > horizon_BQ.amax(1, keepdim=True)).long()
+    positions_BK, start_BQ, *_ = interval
     by_position_BK = positions_BK.argsort(dim=1, stable=True)
-    by_text_BK = text_BK.gather(1, by_position_BK).argsort(dim=1, stable=True)
-    rank_BK = by_position_BK.gather(1, by_text_BK).argsort(dim=1)
-    return rank_BK - text_BK if start_BQ.shape == positions_BK.shape else rank_BK
+    if start_BQ.shape != positions_BK.shape:
+        return by_position_BK
+    by_text_BK = start_BQ.gather(1, by_position_BK).argsort(dim=1, stable=True)
+    return by_position_BK.gather(1, by_text_BK)
+
+
+def ranks_at(order_BK: torch.Tensor, horizon_BQ: torch.Tensor) -> torch.Tensor:
+    """Return how many keys stand left of each in `order_BK`, of those that any of the queries sees or could, `[B, K]`.
+
+    In a text these are ranks as the last query leaves them, counted from any number on.
+    """
+    there_BK = (order_BK <= horizon_BQ.amax(1, keepdim=True)).long()
+    return torch.empty_like(order_BK).scatter(1, order_BK, there_BK.cumsum(1) - there_BK)
 
 
 def additive_mask(visible_BQK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -156,4 +223,4 @@ def additive_mask(visible_BQK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor
 
 ROTARY_BACKENDS = {"eager": rotary_pairs, "sdpa": rotary_segments}
 
-__all__ = ["ROTARY_BACKENDS", "RotaryPairs", "RotarySegments", "rotary_pairs", "rotary_segments"]
+__all__ = ["ROTARY_BACKENDS", "RotaryBlocks", "RotaryPairs", "RotarySegments", "rotary_pairs", "rotary_segments"]

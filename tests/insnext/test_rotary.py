@@ -1,5 +1,7 @@
 """Rotary positions on insertion offsets: segments are pairs, and the cache is exact."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,13 +36,15 @@ def rotary_model(rope="default", **options):
 
 
 @settings(max_examples=60, deadline=None)
-@given(row=packed_rows(), rope=st.sampled_from(sorted(ROPES)))
-def test_segments_are_pairs_in_every_order(row, rope):
+@given(row=packed_rows(), rope=st.sampled_from(sorted(ROPES)), width=st.sampled_from([1, 3, 32]))
+def test_segments_are_pairs_in_every_order_and_in_blocks_of_any_width(row, rope, width):
     ids = random_ids(row, torch.Generator().manual_seed(len(row.start)))
     model = rotary_model(rope)
     expected = model.model(ids, interval=row.interval()).last_hidden_state
     model.set_attn_implementation("sdpa")
-    assert difference(model.model(ids, interval=row.interval()).last_hidden_state, expected) < 1e-9
+    with mock.patch.multiple(rotary, QUERIES_PER_BLOCK=width, MOST_BLOCKS=64):
+        got = model.model(ids, interval=row.interval()).last_hidden_state
+    assert difference(got, expected) < 1e-9
 
 
 def test_a_score_turns_the_key_by_its_offset_as_the_text_stood():
@@ -173,7 +177,8 @@ def test_other_ways_of_writing_follow_the_definition(options):
     assert same_bits(model.generate(**canvas, max_new_tokens=9, **options), expected)
 
 
-def test_gradients_of_segments_are_those_of_pairs_with_checkpointing_too():
+def test_gradients_of_segments_are_those_of_pairs_with_checkpointing_too(monkeypatch):
+    monkeypatch.setattr(rotary, "QUERIES_PER_BLOCK", 4)
     ids, positions = random_text(15, 3, torch.Generator().manual_seed(4))
     found = []
     for attn, checkpointing in (("eager", False), ("sdpa", False), ("sdpa", True)):
@@ -228,3 +233,39 @@ def test_plain_reading_needs_one_turn_a_query():
     interval = build_interval((1, 500), torch.device("cpu"), is_causal=True)
     prepared = rotary.rotary_segments(interval, rotary_model().model.rope, torch.float64)
     assert interval.ranked and prepared.pair_BQK is None and prepared.query_turns[0].shape == (1, 1, 500, 8)
+
+
+def gap_wise(tokens: int, every: int) -> Interval:
+    """A text of which every so-many-th token is given, and its gaps are written from left to right."""
+    rank = torch.arange(tokens)
+    order = torch.cat([rank[rank % every == 0], rank[rank % every != 0]])
+    return build_interval((1, tokens), torch.device("cpu"), positions=order[None], context_length=-(-tokens // every))
+
+
+def test_blocks_see_the_keys_of_their_texts_alone_and_meet_few_angles():
+    rope, width = rotary_model().model.rope, rotary.QUERIES_PER_BLOCK
+    blocks = rotary.rotary_segments(gap_wise(256, 4), rope, torch.float64).blocks
+    assert [(block.queries.start, block.keys.stop) for block in blocks] == [
+        (first, max(64, first + width)) for first in range(0, 256, width)
+    ]
+    assert sum(block.segments.query_turns[0].shape[2] for block in blocks) < 256 * width / 3
+    text = gap_wise(64, 4)
+    packed = Interval(*(torch.cat([x, x + 64], 1) for x in text[:4]))
+    later = rotary.rotary_segments(packed, rope, torch.float64).blocks[64 // width :]
+    assert [block.keys.start for block in later] == [64] * (64 // width)
+
+
+@pytest.mark.parametrize("cut", [slice(1, None), slice(None, -1)], ids=["first", "last"])
+def test_control_blocks_that_miss_a_key_are_another_function(monkeypatch, cut):
+    ids, positions = random_text(20, 4, torch.Generator().manual_seed(1))
+    model = rotary_model(attn="sdpa").model
+    read = {"positions": positions, "context_length": 4}
+    monkeypatch.setattr(rotary, "QUERIES_PER_BLOCK", 5)
+    expected, blocks_of = model(ids, **read).last_hidden_state, rotary.blocks_of
+
+    def short(interval):
+        cut_off = [(block, range(20)[keys][cut]) for block, keys in blocks_of(interval)]
+        return [(block, slice(kept.start, kept.stop)) for block, kept in cut_off]
+
+    monkeypatch.setattr(rotary, "blocks_of", short)
+    assert difference(model(ids, **read).last_hidden_state, expected) > 1e-3
