@@ -6,8 +6,9 @@ Shape suffixes as in attention, and P pairs of a query and an angle. R turns by 
 Let b_j be any number under which key j is turned once. Query i then meets it under e_ij = b_j - offset(i, j). With b_j
 the rank of j in its text, e_ij falls short of it by the tokens that were missing left of j when i was encoded: it is
 one number where nothing was missing, and changes along the text only at gaps. So a query is turned once for each value
-it meets, all of them meet the keys in one matmul, and every key picks its own. `RotaryPairs` is the definition, which
-turns every key for every query.
+it meets, all of them meet the keys in one matmul, and every key picks its own. Queries go block by block in the order
+of writing, with ranks as the last one of a block leaves them, so that what is missing is what the block itself writes
+later. `RotaryPairs` is the definition, which turns every key for every query.
 
     text            a  b  c  d  e          written in the order a, e, c, d, b
     b_j             0  1  2  3  4
@@ -142,7 +143,7 @@ def rotary_segments(interval: Interval, rope: Rope, dtype: torch.dtype) -> Rotar
             return None
         return _met(base_BK[:, keys], own_BQ, angle_BQK if several else None, visible, rope, dtype)
 
-    # a compiler would make a graph of each block
+    # while a graph is traced, whose size should not depend on who sees whom, all is one block
     whole = read(*everything, pairs=torch.compiler.is_compiling())
     if whole is not None:
         return whole

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from .attention import Interval
 from .slots import InsNextSlotHead, SlotTable, missing_units, slot_table
 from .supervision import Supervision, TargetKind
+from .token_cross_entropy import frozen_cross_entropy, is_frozen
 
 
 try:
@@ -134,6 +135,10 @@ def token_loss(
     slot_MD = head.slot(sides[0][b_M, table.left_BS[b_M, slot_M]], sides[1][b_M, table.right_BS[b_M, slot_M]])
     states_MD = head.token_state(slot_MD, hidden_BND[b_M, state_M])
     target_M = input_ids_BN[b_M, state_M + 1]
+
+    if torch.is_grad_enabled() and is_frozen(model.lm_head):
+        loss_M = frozen_cross_entropy(model, states_MD, target_M)
+        return loss_M.new_zeros(hidden_BND.shape[:2]).index_put((b_M, state_M), loss_M)
 
     def tokens_loss(states, target):
         return nn.functional.cross_entropy(model.token_logits(states), target, reduction="none")
