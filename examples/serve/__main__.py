@@ -4,7 +4,9 @@ python -m examples.serve --port 8000
 """
 
 import argparse
+import socket
 import sys
+import time
 from importlib.util import find_spec
 
 
@@ -34,11 +36,42 @@ def parse(args: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(args)
 
 
+def bound(host: str, port: int) -> socket.socket:
+    """Return a socket of that address, which takes no connection before somebody listens.
+
+    Raises:
+        OSError: If the address is taken, or none of this machine.
+    """
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
 def main() -> int:
+    options = parse()
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         print(f'examples.serve needs {" and ".join(missing)}: pip install ".[serve]"', file=sys.stderr)
         return 1
+    try:
+        listener = bound(options.host, options.port)
+    except OSError as error:
+        print(f"nothing can be served on {options.host}, port {options.port}: {error.strerror}", file=sys.stderr)
+        return 1
+    with listener:
+        return serve(options, listener)
+
+
+def serve(options: argparse.Namespace, listener: socket.socket) -> int:
+    """Read the model and answer until somebody ends it; return the exit status."""
+    print("reading the model ...", flush=True)
+    began = time.monotonic()
     # torch and the models are worth waiting for only if the server can start
     import torch
     import uvicorn
@@ -47,13 +80,23 @@ def main() -> int:
     from .engine import Engine, Limits
     from .model import load
 
-    options = parse()
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     limits = Limits(options.queue, options.rows, options.max_tokens, options.seconds)
-    engine = Engine(*load(options.model, options.dtype), limits)
+    try:
+        engine = Engine(*load(options.model, options.dtype), limits)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     hosts = None if options.host in ("0.0.0.0", "::") else LOOPBACK | {options.host.lower()}
-    uvicorn.run(make_app(engine, hosts), host=options.host, port=options.port, access_log=False)
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    address = f"http://{host}:{listener.getsockname()[1]}"
+    print(
+        f"{engine.name}, read in {time.monotonic() - began:.0f} s, answers at {address} (Ctrl C ends it)", flush=True
+    )
+    # who is answered when the server ends is not waited for longer than that
+    config = uvicorn.Config(make_app(engine, hosts), access_log=False, timeout_graceful_shutdown=5)
+    uvicorn.Server(config).run(sockets=[listener])
     return 0
 
 

@@ -232,6 +232,8 @@ class Engine:
         if sampled:
             # what the request does not ask for is not sampled by
             options |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        if settings.min_tokens:
+            options["min_new_tokens"] = settings.min_tokens
         if settings.repetition_penalty is not None:
             options["repetition_penalty"] = settings.repetition_penalty
         if settings.logit_bias:

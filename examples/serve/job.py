@@ -21,6 +21,7 @@ class Settings(NamedTuple):
         samplers: (name, value) of what narrows the choice of a token, in order; None: greedy.
         slot_temperature: Divides the logits of the places.
         slot_top_p: Nucleus of the places.
+        min_tokens: Least tokens a row.
         repetition_penalty: None: what the checkpoint says.
         logit_bias: (token, bias).
         ebr: None: what the checkpoint says.
@@ -32,6 +33,7 @@ class Settings(NamedTuple):
     samplers: tuple[tuple[str, float], ...] | None = None
     slot_temperature: float = 1.0
     slot_top_p: float = 1.0
+    min_tokens: int = 0
     repetition_penalty: float | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     ebr: bool | None = None

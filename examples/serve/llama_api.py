@@ -10,7 +10,7 @@ from .asked import Asked, data, stream
 from .engine import Engine
 from .errors import refused
 from .job import Cuts, Event, Job, Row, Settings
-from .openai_api import check_model, check_order, in_reading_order
+from .openai_api import check_least, check_model, check_order, in_reading_order
 from .schema import Infill, check_most, read
 from .texts import Around
 
@@ -69,6 +69,8 @@ def job_fields(engine: Engine, asked: Infill) -> dict:
     """
     check_model(engine, asked.model)
     check_most("n_predict", asked.n_predict, engine.limits.max_tokens)
+    most = engine.limits.max_tokens if asked.n_predict < 0 else asked.n_predict
+    check_least(asked.min_tokens, "n_predict", most)
     if asked.input_suffix and not engine.inserts:
         raise refused(f"{engine.name} writes from left to right: input_suffix needs an InsNeXt", "input_suffix")
     check_order(asked.order, asked.input_suffix, "input_suffix")
@@ -79,9 +81,10 @@ def job_fields(engine: Engine, asked: Infill) -> dict:
     settings = Settings(
         insert=bool(asked.input_suffix),
         reading_order=in_reading_order(asked.order, asked.input_suffix, asked.stream),
-        max_tokens=engine.limits.max_tokens if asked.n_predict < 0 else asked.n_predict,
+        max_tokens=most,
         samplers=steps,
         slot_temperature=dict(steps or ()).get("temperature", 1.0),
+        min_tokens=asked.min_tokens,
         repetition_penalty=asked.repeat_penalty,
         logit_bias=tuple((token, -100.0 if bias is False else bias) for token, bias in asked.logit_bias),
     )

@@ -77,6 +77,7 @@ def job_fields(engine: Engine, asked: Completion) -> dict:
     """
     check_model(engine, asked.model)
     check_most("max_tokens", asked.max_tokens or 16, engine.limits.max_tokens)
+    check_least(asked.min_tokens, "max_tokens", asked.max_tokens or 16)
     choices = asked.n or 1
     if asked.best_of not in (None, choices):
         raise refused(f"best_of must be n: every text that is written is returned, got {asked.best_of}", "best_of")
@@ -96,6 +97,7 @@ def job_fields(engine: Engine, asked: Completion) -> dict:
         samplers=samplers(temperature, top_p),
         slot_temperature=temperature or 1.0,
         slot_top_p=top_p,
+        min_tokens=asked.min_tokens,
         logit_bias=bias_of(engine, asked.logit_bias),
     )
     prompts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
@@ -108,6 +110,16 @@ def job_fields(engine: Engine, asked: Completion) -> dict:
         "pieces": "text" if asked.stream else None,
         "tops": asked.logprobs,
     }
+
+
+def check_least(least: int, name: str, most: int) -> None:
+    """Refuse a least number of tokens above the largest, whose field has that name.
+
+    Raises:
+        ApiError: If it is.
+    """
+    if least > most:
+        raise refused(f"min_tokens must not exceed {name}, got {least} and {most}", "min_tokens", "invalid_value")
 
 
 def check_order(order: str | None, suffix: str | None, name: str) -> None:

@@ -53,6 +53,7 @@ class Completion(Body):
     user: str | None = None
     # of ours
     order: Order | None = None
+    min_tokens: Count = 0
 
 
 class Extra(Body):
@@ -108,6 +109,7 @@ class Infill(Body):
     response_fields: Annotated[list[str], Field(max_length=64)] = []
     # of ours
     order: Order | None = None
+    min_tokens: Count = 0
 
 
 class GenerateParameters(Body):

@@ -1,5 +1,6 @@
 """The page in a browser: Debian's chromium, driven by Playwright, with everything but the server cut off."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -65,6 +66,7 @@ def test_a_text_with_gaps_is_filled_stepped_through_and_rewritten(page):
     page.press("#text", "Control+Enter")
     text = written(page)
     assert text.startswith("The old man ") and text.endswith(" the sea.")
+    expect(page.locator("#tokens")).to_be_in_viewport()
     # step back to what was given, and forth again
     for _ in range(8):
         page.keyboard.press("Alt+ArrowLeft")
@@ -107,6 +109,27 @@ def test_markup_is_text(page):
     text = written(page)
     assert text.startswith("<b onclick=alert(1)>bold</b>") and text.endswith("<script>alert(1)</script>")
     assert page.locator("#tokens b, #tokens script").count() == 0
+
+
+def test_a_gap_that_stays_empty_is_told_with_what_helps(page):
+    def nothing(route):
+        done = {"tokens": [], "text": "", "finish_reason": "stop", "reencoded_at": [], "reencoded_tokens": [],
+                "encoded_tokens": 3, "usage": {"completion_tokens": 0}}  # fmt: skip
+        route.fulfill(content_type="text/event-stream", body=f"event: done\ndata: {json.dumps(done)}\n\n")
+
+    page.route("**/v1/canvas", nothing)
+    page.click("#write")
+    expect(page.locator("#facts")).to_contain_text("at least two tokens is ___{2,}")
+
+
+def test_a_server_that_has_gone_is_told(browser, url):
+    page = browser.new_page()
+    page.goto(url)
+    page.route("**/v1/canvas", lambda route: route.abort())
+    page.click("#write")
+    expect(page.locator("#error")).to_contain_text("is it still running?")
+    expect(page.locator("#stop")).to_be_disabled()
+    page.close()
 
 
 def test_a_refusal_is_shown(page):

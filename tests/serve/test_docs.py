@@ -28,7 +28,8 @@ def url():
 
 def here(block: str, url: str) -> str:
     assert "http://127.0.0.1:8000" in block
-    return block.replace("http://127.0.0.1:8000", url)
+    # the page serves what `make serve` does, which needs weights from elsewhere
+    return block.replace("http://127.0.0.1:8000", url).replace("insnext-smol", "insnext-mini")
 
 
 # a machine may have none; the other tests send the same bodies

@@ -1,6 +1,7 @@
 """Bodies and hosts that are no good, and the page's headers."""
 
 import json
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -87,6 +88,28 @@ def test_without_its_extra_the_server_says_what_to_install(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert 'pip install ".[serve]"' in done.stderr
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_read():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        code = (
+            "import sys; sys.modules['torch'] = None;"
+            "import runpy; runpy.run_module('examples.serve', run_name='__main__')"
+        )
+        done = subprocess.run([sys.executable, "-c", code, "--port", port], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == ""
+    assert f"port {port}: Address already in use" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_folder_without_a_model_is_told_in_one_line(monkeypatch, capsys):
+    from examples.serve.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["serve", "--port", "0", "--model", "nowhere"])
+    assert main() == 1
+    said = capsys.readouterr()
+    assert said.out == "reading the model ...\n"
+    assert said.err == "model must be a folder, got 'nowhere'\n"
 
 
 def test_loopback_is_the_default():

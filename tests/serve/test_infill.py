@@ -197,6 +197,13 @@ def test_probabilities_and_tokens_come_when_asked(url):
     assert infill(url, **PLAIN)["tokens"] == []
 
 
+def test_min_tokens_bars_an_empty_middle(url):
+    seeds = range(6)
+    assert {infill(url, **{**PLAIN, "seed": seed, "min_tokens": 6})["tokens_predicted"] for seed in seeds} == {6}
+    # control
+    assert min(infill(url, **{**PLAIN, "seed": seed})["tokens_predicted"] for seed in seeds) < 6
+
+
 REFUSED = {
     "grammar": {"grammar": "root ::= x"},
     "mirostat": {"mirostat": 2},
@@ -205,6 +212,7 @@ REFUSED = {
     "unknown": {"image_data": []},
     "sampler": {"samplers": ["greedy"]},
     "order": {"order": "any"},
+    "least above most": {"min_tokens": 7},
     "window of penalties": {"repeat_last_n": 64},
 }
 

@@ -187,6 +187,15 @@ def test_a_token_of_bias_minus_100_is_never_written(client, suffix):
     )
 
 
+@both_ways
+def test_no_text_has_less_than_min_tokens(client, way):
+    fields = {**ASKED, **way, "n": 8, "max_tokens": 9}
+    fields["extra_body"] = {**way.get("extra_body", {}), "min_tokens": 9}
+    assert client.completions.create(**fields).usage.completion_tokens == 8 * 9
+    # control
+    assert client.completions.create(**{**ASKED, **way, "n": 8, "max_tokens": 9}).usage.completion_tokens < 8 * 9
+
+
 REFUSED = {
     "another model": ({"model": "gpt-4"}, openai.NotFoundError, "does not exist here"),
     "unknown field": ({"extra_body": {"top_q": 1}}, openai.BadRequestError, "unknown field 'top_q'"),
@@ -200,6 +209,7 @@ REFUSED = {
     "token ids": ({"prompt": [3, 4]}, openai.BadRequestError, "prompt"),
     "bias": ({"logit_bias": {"300": 1}}, openai.BadRequestError, "got '300'"),
     "echo with logprobs": ({"echo": True, "logprobs": 1}, openai.BadRequestError, "echo with logprobs"),
+    "least above most": ({"extra_body": {"min_tokens": 7}}, openai.BadRequestError, "min_tokens must not exceed"),
     "order without a suffix": ({"extra_body": {"order": "free"}}, openai.BadRequestError, "order needs a suffix"),
     "order": ({"extra_body": {"order": "any"}}, openai.BadRequestError, "order"),
     "long prompt": ({"prompt": "sea " * 300}, openai.BadRequestError, "at most 250 tokens"),

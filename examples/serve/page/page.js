@@ -20,6 +20,7 @@ function setMode(value) {
 
 function addGap() {
   const box = at("text");
+  if (mode() !== "text") return;
   const before = box.value.slice(0, box.selectionStart);
   const behind = box.value.slice(box.selectionEnd);
   const left = before && !/\s$/.test(before) ? " " : "";
@@ -149,12 +150,16 @@ async function write() {
   at("stop").disabled = false;
   fact("Waiting …");
   growth.set([]);
+  // below the fold on a phone
+  at("grown").scrollIntoView({ block: "nearest" });
   const began = performance.now();
   try {
     await stream(state.asked, writing.signal, (name, data) => take(name, data, began));
   } catch (error) {
     if (!writing.signal.aborted) {
-      Object.assign(at("error"), { hidden: false, textContent: error.message });
+      // what fetch throws where nobody answers has no words for readers
+      const message = error instanceof TypeError ? "The server does not answer: is it still running?" : error.message;
+      Object.assign(at("error"), { hidden: false, textContent: message });
       fact("");
     } else if (state.writing === writing) {
       fact("Stopped.");
@@ -177,7 +182,8 @@ function take(name, data, began) {
     const anew = data.reencoded_at.length ? `, encoded anew after step ${data.reencoded_at.join(", ")}` : "";
     const seed = state.asked.seed === undefined ? "" : `; seed ${state.asked.seed}`;
     const seconds = ((performance.now() - began) / 1000).toFixed(1);
-    const end = data.finish_reason === "length" ? "; no more tokens were allowed" : "";
+    const empty = data.usage.completion_tokens ? "" : "; the model left it as it is: a gap of at least two tokens is ___{2,}";
+    const end = data.finish_reason === "length" ? "; no more tokens were allowed" : empty;
     fact(`${data.usage.completion_tokens} tokens in ${growth.steps} steps, ${seconds} s; ${data.encoded_tokens} encoded${anew}${seed}${end}`);
   }
 }
@@ -334,6 +340,8 @@ fetch("/v1/limits").then((response) => response.json()).then((limits) => {
   at("max-tokens").max = limits.max_tokens;
   at("model").textContent = limits.inserts ? limits.model : `${limits.model} writes from left to right: it has no gaps`;
   at("write").disabled = !limits.inserts;
+}).catch(() => {
+  at("model").textContent = "the server does not answer";
 });
 showGaps();
 showSliders();
