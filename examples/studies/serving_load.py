@@ -5,7 +5,7 @@
 
 Clients ask without a pause, of every interface in turn, streamed and not; every tenth request is hung up on. Those
 with a seed must get what was written alone, before; the others must get their own words, in order. Memory is that of
-the server's process, found by the port it listens on.
+the server's process, found by the port it listens on, before and after every quarter of the time.
 """
 
 import http.client
@@ -13,7 +13,9 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median, quantiles
 from urllib.parse import urlparse
 
@@ -129,7 +131,7 @@ class Load:
     """A number of clients that ask until the time is over."""
 
     def __init__(self, url: str, requests: list[Request], seconds: float):
-        self.url, self.requests, self.end = url, requests, time.monotonic() + seconds
+        self.url, self.requests, self.seconds, self.end = url, requests, seconds, time.monotonic() + seconds
         self.counts, self.latencies, self.tokens = Counter(), [], 0
         self.lock = threading.Lock()
 
@@ -151,12 +153,15 @@ class Load:
                     self.latencies.append(time.monotonic() - began)
                     self.tokens += tokens
 
-    def run(self, clients: int) -> float:
-        """Return the seconds until the last client has its answer."""
+    def run(self, clients: int, look: Callable[[], None] = lambda: None) -> float:
+        """Return the seconds until the last client has its answer; `look` is called at every quarter of the time."""
         began = time.monotonic()
         threads = [threading.Thread(target=self.client, args=(number,)) for number in range(clients)]
         for thread in threads:
             thread.start()
+        for left in (3, 2, 1, 0):
+            time.sleep(max(self.end - left / 4 * self.seconds - time.monotonic(), 0))
+            look()
         for thread in threads:
             thread.join()
         return time.monotonic() - began
@@ -179,6 +184,11 @@ def server_process(url: str) -> psutil.Process:
     raise ValueError(f"no process of this machine listens on port {port}")
 
 
+def note_memory(process: psutil.Process, noted: list[int]) -> None:
+    """Note how many MiB a process holds."""
+    noted.append(round(process.memory_info().rss / 2**20))
+
+
 def measure(args: LoadArguments) -> list[dict]:
     """Return a row for each number of clients."""
     process = server_process(args.url)
@@ -191,9 +201,10 @@ def measure(args: LoadArguments) -> list[dict]:
             request.expected = text
     rows = []
     for clients in args.clients:
-        before = process.memory_info().rss
+        memory = []
+        note_memory(process, memory)
         load = Load(args.url, requests, args.seconds)
-        seconds = load.run(clients)
+        seconds = load.run(clients, partial(note_memory, process, memory))
         lost = sum(count for kind, count in load.counts.items() if kind.startswith("lost"))
         rows.append(
             {
@@ -205,8 +216,7 @@ def measure(args: LoadArguments) -> list[dict]:
                 "p50 s": round(median(load.latencies), 2),
                 "p95 s": round(quantiles(load.latencies, n=20)[-1], 2),
                 "tokens a second": round(load.tokens / seconds, 1),
-                "MiB before": round(before / 2**20),
-                "MiB after": round(process.memory_info().rss / 2**20),
+                "MiB by quarters": ", ".join(map(str, memory)),
             }
         )
         tqdm.write(str(rows[-1]))

@@ -2,10 +2,12 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from replay_edits import CausalFile, hunks, main
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support.equality import within_rounding
 from tests.support.insnext import tiny_model
@@ -51,6 +53,21 @@ def test_hunks_applied_one_after_the_other_make_the_new_text():
     for start, end, new in hunks(before, after):
         text = text[:start] + new + text[end:]
     assert text == after
+
+
+def test_a_letter_typed_into_two_hundred_tokens_of_a_shipped_model_is_one_pass_over_three_at_most():
+    folder = Path(__file__).parents[2] / "examples" / "checkpoints" / "insnext-mini"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("The old man went to the sea with his dog. " * 40, add_special_tokens=False)["input_ids"][:199]
+    document = model.open(tokenizer, tokenizer.decode(ids))
+    # the control: opening reads it all
+    assert document.encoded_tokens == len(document.ids) >= 199
+    for place in range(0, len(document.text), 37):
+        tokens, passes = document.encoded_tokens, document.passes
+        document.insert(place, "e")
+        assert document.passes == passes + 1 and document.encoded_tokens - tokens <= 3
+        document.undo()
 
 
 @pytest.mark.parametrize("encoding", ["rotary", "alibi"])

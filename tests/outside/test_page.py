@@ -67,6 +67,7 @@ def test_a_text_with_gaps_is_filled_stepped_through_and_rewritten(page):
     text = written(page)
     assert text.startswith("The old man ") and text.endswith(" the sea.")
     expect(page.locator("#tokens")).to_be_in_viewport()
+    steps = page.locator("#shown").inner_text()
     # step back to what was given, and forth again
     for _ in range(8):
         page.keyboard.press("Alt+ArrowLeft")
@@ -89,6 +90,16 @@ def test_a_text_with_gaps_is_filled_stepped_through_and_rewritten(page):
     assert again.startswith("The old man ") and again.endswith(" the sea.")
     page.keyboard.press("Alt+z")
     assert page.locator("#tokens").inner_text() == text
+    # watch it grow from what was given
+    page.click("#play")
+    expect(page.locator("#shown")).to_have_text(re.sub(r"step \d+", "step 1", steps))
+    expect(page.locator("#shown")).to_have_text(steps)
+    # keep a word of it, write the rest anew
+    page.locator("#tokens .written").first.click()
+    kept = page.locator("#tokens .picked").inner_text().strip()
+    page.keyboard.press("k")
+    assert re.search(rf"The old man {re.escape(kept)}\W*___", page.input_value("#text"))
+    assert written(page).startswith(f"The old man {kept}")
 
 
 def test_words_with_alternatives_occur(page):
@@ -145,6 +156,9 @@ def test_the_python_that_is_copied_writes_the_same(page, browser, capsys):
     page.fill("#text", "The ___ ran to the ___{1,6} .")
     page.click("#write")
     text = written(page)
+    page.click("#copy-text")
+    expect(page.locator("#copied")).to_have_text("text copied")
+    assert page.evaluate("() => navigator.clipboard.readText()") == text
     page.click("#copy-python")
     expect(page.locator("#copied")).to_have_text("Python copied")
     exec(page.evaluate("() => navigator.clipboard.readText()"), {})

@@ -86,6 +86,47 @@ def test_a_session_of_llama_vim_is_answered(url):
     assert isinstance(infill(url, **typed)["content"], str)
 
 
+# what llama.vscode sends (src/llama-server.ts of ggml-org/llama.vscode): it names no fields, so the answer is whole
+TYPED = {
+    "input_prefix": "the old man\n",
+    "input_suffix": "\nand the sea\n",
+    "input_extra": [{"text": "a quick brown fox\n", "time": 1764362096, "filename": "fox.txt"}],
+    "prompt": "the lazy",
+    "n_predict": 8,
+    "top_k": 40,
+    "top_p": 0.99,
+    "stream": False,
+    "samplers": ["top_k", "top_p", "infill"],
+    "cache_prompt": True,
+    "n_indent": 4,
+    "t_max_prompt_ms": 500,
+    "t_max_predict_ms": 2500,
+}
+PREPARING = {
+    "input_prefix": "",
+    "input_suffix": "",
+    "input_extra": TYPED["input_extra"],
+    "prompt": "",
+    "n_predict": 0,
+    "samplers": [],
+    "cache_prompt": True,
+    "t_max_prompt_ms": 500,
+    "t_max_predict_ms": 1,
+}
+
+
+def test_a_session_of_llama_vscode_is_answered(url):
+    assert infill(url, **PREPARING)["content"] == ""
+    answer = infill(url, **TYPED)
+    assert isinstance(answer["content"], str) and answer["truncated"] is False and answer["tokens_cached"] == 0
+    read = ("prompt_n", "prompt_ms", "prompt_per_second", "predicted_n", "predicted_ms", "predicted_per_second")
+    assert all(answer["timings"][name] >= 0 for name in read) and answer["timings"]["predicted_n"] <= 8
+    # the same by its other way, OpenAI's, for which it knows no model
+    asked = {"model": "", "prompt": "the lazy", "max_tokens": 8, "temperature": 0.1, "top_p": 0.99, "stream": False}
+    status, body = post(f"{url}/v1/completions", asked)
+    assert status == 200 and body["usage"]["completion_tokens"] <= 8
+
+
 def test_health_and_props_say_what_editors_ask(url):
     import json
     import urllib.request

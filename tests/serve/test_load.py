@@ -13,6 +13,8 @@ def test_everybody_gets_an_answer_of_their_own():
         (row,) = measure(LoadArguments(url, [3], 1.5))
     assert row["lost"] == row["mixed up"] == 0
     assert row["right"] >= 3 and row["tokens a second"] > 0
+    # before, and at every quarter of the time
+    assert len(row["MiB by quarters"].split(", ")) == 5
 
 
 def test_an_answer_to_another_request_is_noticed():
