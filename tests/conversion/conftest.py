@@ -13,7 +13,7 @@ from tests.support import forked
 @pytest.fixture(autouse=True)
 def forked_loads(request, monkeypatch):
     def run(command, cwd: Path, env: dict[str, str], **_):
-        return forked.run(command, cwd, env)
+        return forked.run(command, cwd, env, forked.READING)
 
     if "real_processes" not in request.fixturenames:
         monkeypatch.setattr(verification, "subprocess", SimpleNamespace(run=run))
@@ -27,4 +27,4 @@ def real_processes():
 @pytest.fixture
 def run_python():
     """Return a function that runs `python ARGUMENTS` in a folder, forked, and returns the completed process."""
-    return lambda *arguments, cwd: forked.run(["python", *arguments], cwd, dict(os.environ))
+    return lambda *arguments, cwd: forked.run(["python", *arguments], cwd, dict(os.environ), forked.READING)

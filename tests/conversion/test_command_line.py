@@ -23,7 +23,10 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--chunk_size", "5", "--num_retrieved_chunks", "2", "--num_encoder_layers", "1"]
 
 
-def run(module, *arguments, start=forked.run):
+fork = partial(forked.run, modules=forked.READING)
+
+
+def run(module, *arguments, start=fork):
     command = [sys.executable, "-m", f"conversion.{module}", *map(str, arguments)]
     return start(command, cwd=ROOT, env=dict(os.environ))
 

@@ -52,6 +52,8 @@ def trained(attn, dtype, inputs, checkpointing=False, **overrides):
     return {"hidden": hidden, **{name: p.grad for name, p in model.named_parameters()}}
 
 
+# where a second layer shows nothing more
+ONE_LAYER = {"num_hidden_layers": 1}
 GROUPED = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -66,7 +68,7 @@ def test_states_and_every_gradient_are_as_accurate_as_those_of_eager(case, heads
 
 
 def test_gradient_checkpointing_changes_nothing():
-    inputs = batch("packed and padded")
+    inputs = batch("context")
     plain = trained("insnext_triton", torch.float32, inputs)
     again = trained("insnext_triton", torch.float32, inputs, checkpointing=True)
     assert same_bits(plain, again)
@@ -75,7 +77,7 @@ def test_gradient_checkpointing_changes_nothing():
 def test_longer_texts_than_a_tile_with_a_context():
     ids, positions = (x.to(DEVICE) for x in random_text(90, 20, torch.Generator().manual_seed(1)))
     inputs = {"input_ids": ids, "positions": positions, "context_length": 20}
-    room = {"max_position_embeddings": 96}
+    room = {"max_position_embeddings": 96, "num_hidden_layers": 1}
     exact, twin = (trained("eager", dtype, inputs, **room) for dtype in (torch.float64, torch.float32))
     assert_set_as_accurate(trained("insnext_triton", torch.float32, inputs, **room), twin, exact)
 
@@ -86,7 +88,7 @@ def test_a_broken_rule_is_far_outside_the_budget(rule):
 
     def encode(**inputs):
         with torch.no_grad():
-            return model_of("insnext_triton", model_class=InsNextModel)(**inputs).last_hidden_state
+            return model_of("insnext_triton", model_class=InsNextModel, **ONE_LAYER)(**inputs).last_hidden_state
 
     right = encode(**inputs)
     if rule == "horizon":
@@ -117,19 +119,20 @@ def test_generation_writes_the_texts_of_eager(options):
     ids = torch.tensor([[BOS, 5, 6, 7], [BOS, 8, 9, 10]], device=DEVICE)
     texts = {}
     for attn in ("eager", "insnext_triton"):
-        model = model_of(attn)
+        model = model_of(attn, **ONE_LAYER)
         given = {"min_new_tokens": 4} if "left_to_right" not in options else {}
         texts[attn] = model.generate(ids, max_new_tokens=4, **given, **options)
     assert same_bits(texts["eager"], texts["insnext_triton"])
     # control: other weights write another text
-    assert not same_bits(model_of("eager", seed=1).generate(ids, max_new_tokens=4, **options), texts["eager"])
+    other = model_of("eager", seed=1, **ONE_LAYER)
+    assert not same_bits(other.generate(ids, max_new_tokens=4, **options), texts["eager"])
 
 
 def test_a_ragged_batch_writes_what_eager_writes():
     ids = torch.tensor([[BOS, 5, 6, 7], [BOS, 8, 0, 0]], device=DEVICE)
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]], device=DEVICE)
     options = {"attention_mask": mask, "max_new_tokens": 4, "min_new_tokens": 4, "ebr": True}
-    texts = [model_of(attn).generate(ids, **options) for attn in ("eager", "insnext_triton")]
+    texts = [model_of(attn, **ONE_LAYER).generate(ids, **options) for attn in ("eager", "insnext_triton")]
     assert same_bits(*texts)
 
 

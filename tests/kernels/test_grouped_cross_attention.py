@@ -51,9 +51,13 @@ def check(tensors, dtype=torch.float32, **options):
 
 
 def with_dtypes(cases, each):
-    """Give every case all dtypes on a GPU; in the interpreter, which is slow, `each` of them in turn."""
+    """Give every case all dtypes on a GPU; in the interpreter `each` of them in turn, all but one slow."""
     number = len(DTYPES) if DEVICE == "cuda" else each
-    return [(*case, DTYPES[(i + j) % len(DTYPES)]) for i, case in enumerate(cases) for j in range(number)]
+    return [
+        pytest.param(*case, DTYPES[(i + j) % len(DTYPES)], marks=pytest.mark.slow if j and DEVICE == "cpu" else [])
+        for i, case in enumerate(cases)
+        for j in range(number)
+    ]
 
 
 SHAPES = [
@@ -356,8 +360,13 @@ def test_decoding_takes_the_path_without_gradients_only_without_gradients(needs_
 # compiler, checkpointing, autograd ----------------------------------------------------------------------------------
 
 
+def smallest():
+    """Return inputs of one chunk that attends to two, for what asks how operators are called and not what they say."""
+    return [x.float() if x.is_floating_point() else x for x in inputs(G=1, C=1, M=2, N=2, S=16, K=2)]
+
+
 def test_the_operators_pass_opcheck():
-    q, k, v, indices, weights, grad = (x.float() if x.is_floating_point() else x for x in inputs(G=1, C=1, M=2, K=2))
+    q, k, v, indices, weights, grad = smallest()
     leaves = [x.requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(ops.forward, (*leaves, indices, weights.requires_grad_(), True, 0.5, True))
     plain = [x.detach() for x in (q, k, v, indices, weights)]
@@ -370,7 +379,7 @@ def test_the_operators_pass_opcheck():
 
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 def test_it_compiles_without_graph_breaks(impl):
-    tensors = [x.float() if x.is_floating_point() else x for x in inputs()]
+    tensors = smallest()
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in tensors[:5]]
 
     def function(q, k, v, indices, weights):

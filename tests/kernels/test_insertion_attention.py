@@ -96,11 +96,16 @@ def check(p, dtype, gradients=True, **options):
     return exact
 
 
+# one more form of what `make test` checks
+slow = pytest.mark.slow
 KINDS = ["prefix", "causal", "blocks", "packed", "sliding", "any ascending", "any", "none"]
 
 
-@pytest.mark.parametrize("text", [True, False], ids=["positions", "stored order"])
-@pytest.mark.parametrize("kind", KINDS)
+# the order of the text acts beside what is seen: each kind with one, two with both
+IN_STORED_ORDER = [pytest.param(kind, False, marks=[] if kind in ("packed", "any") else slow) for kind in KINDS]
+
+
+@pytest.mark.parametrize(("kind", "text"), [*((kind, True) for kind in KINDS), *IN_STORED_ORDER])
 def test_triton_is_as_accurate_as_the_twin(kind, text):
     p = problem(kind, torch.float32, text=text)
     exact = check(p, torch.float32)
@@ -108,8 +113,16 @@ def test_triton_is_as_accurate_as_the_twin(kind, text):
         assert all((x == 0).all() for x in exact.values())
 
 
-@pytest.mark.parametrize(("dtype", "D"), [(torch.float16, 128), (torch.bfloat16, 64)], ids=str)
-@pytest.mark.parametrize("kind", ["blocks", "packed"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "D"),
+    [
+        ("blocks", torch.float16, 128),
+        ("packed", torch.bfloat16, 64),
+        pytest.param("blocks", torch.bfloat16, 64, marks=slow),
+        pytest.param("packed", torch.float16, 128, marks=slow),
+    ],
+    ids=str,
+)
 def test_half_precision_is_as_accurate_as_the_twin(kind, dtype, D):
     check(problem(kind, dtype, D=D), dtype)
 

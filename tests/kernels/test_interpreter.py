@@ -5,7 +5,6 @@ import inspect
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime import interpreter
 
 from insnext_kernels.insertion_attention import insertion_attention
 from tests.support.equality import same_bits
@@ -24,6 +23,11 @@ def attended():
     return {"out": out.detach(), "q": q.grad, "k": k.grad, "v": v.grad}
 
 
+def restore(monkeypatch):
+    for (owner, name), original in REPLACED.items():
+        monkeypatch.setattr(owner, name, original)
+
+
 def test_the_quick_interpreter_gives_the_bits_of_the_slow_one_with_fewer_searches(monkeypatch):
     calls = []
     members = inspect.getmembers
@@ -31,7 +35,6 @@ def test_the_quick_interpreter_gives_the_bits_of_the_slow_one_with_fewer_searche
     language = {name: getattr(tl, name) for name in dir(tl)}
     quick, searched = attended(), len(calls)
     assert {name: getattr(tl, name) for name in dir(tl)} == language
-    for name, original in REPLACED.items():
-        monkeypatch.setattr(interpreter, name, original)
+    restore(monkeypatch)
     assert same_bits(attended(), quick)
     assert 10 * searched < len(calls) - searched

@@ -8,6 +8,7 @@ from pathlib import Path
 from tests.support import forked
 
 
+OURS = ("modeling_insnext", "insnext_kernels")
 HIDE = """
 import sys
 from importlib.abc import MetaPathFinder
@@ -24,17 +25,15 @@ sys.meta_path.insert(0, Hidden())
 
 
 def run_clean(
-    code: str, folder: Path, *arguments: str, hidden=("modeling_insnext", "insnext_kernels"), **environment: str
+    code: str, folder: Path, *arguments: str, hidden: tuple[str, ...] = OURS, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run code in `folder`, with an empty cache of its own, without a network and with the packages `hidden`.
 
-    The process is forked from one that has imported PyTorch and nothing of Hugging Face or of this repository, unless
-    Triton is told something: it listens only while it is imported, which PyTorch does.
+    The process is forked from one that has imported nothing of this repository, and Hugging Face only where nothing of
+    it is hidden or may depend on what is.
     """
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "PYTHON", "TRITON_"))}
     own = {"HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", HIDE.format(hidden=tuple(hidden)) + code, *arguments]
-    variables = {**kept, **own, **environment}
-    if any(name.startswith("TRITON_") for name in environment):
-        return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
-    return forked.run(command, folder, variables)
+    modules = forked.READING if set(hidden) <= {*OURS} and hidden else forked.CLEAN
+    return forked.run(command, folder, {**kept, **own, **environment}, modules)

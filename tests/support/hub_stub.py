@@ -7,13 +7,23 @@ It keeps every commit whole. `tamper` may change or drop (`None`) a file of a co
 
 import hashlib
 import json
+import socket
 import threading
 from base64 import b64decode
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 
 LFS_SUFFIXES = (".safetensors", ".png")
+
+
+@cache
+def port() -> int:
+    """Return the port of all stubs of this process: libraries read the address of the Hub when they are imported."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 class HubStub:
@@ -24,7 +34,7 @@ class HubStub:
         self.repositories: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
         self.large_files: dict[str, bytes] = {}
         self.calls: list[str] = []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self.server = ThreadingHTTPServer(("127.0.0.1", port()), _handler(self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self):

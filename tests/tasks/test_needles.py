@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import subprocess
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from modeling_insnext.tasks import NeedleTask, draw_needles
 from modeling_insnext.tasks.needles import BLOCK, NOISE, PHRASES, haystack_blocks
+from tests.support import forked
 
 
 KINDS = list(NOISE)
@@ -268,10 +269,8 @@ for kind in KINDS:
 
 
 def test_a_sample_is_the_same_in_another_process_and_after_other_draws():
-    run = subprocess.run(
-        [sys.executable, "-c", PRINT],
-        capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    run = forked.run([sys.executable, "-c", PRINT], Path(__file__).parents[2], dict(os.environ), forked.READING)
+    assert run.returncode == 0, run.stderr
     np.random.seed(5)
     here = []
     for kind in reversed(KINDS):
