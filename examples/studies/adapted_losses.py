@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from left_to_right_perplexity import nats_per_token, read, token_nats
 from pretrained_pair import ADAPTER, base, load_pair
-from report import RESULTS, command, environment, write_report
+from report import RESULTS, Study, run_study
 from story_infilling import read_stories
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from modeling_insnext import InsNextForInsertionLM
 from modeling_insnext.data import InsertionCollator
@@ -115,14 +114,15 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def study(args: LossArguments) -> Study:
+    """Return the losses of both models."""
+    results = measure(args)
+    return Study(results, table(results), {})
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Measure, and write the table; returns the report."""
-    (args,) = HfArgumentParser(LossArguments).parse_args_into_dataclasses(argv)
-    torch.set_num_threads(args.threads)
-    report = {"command": command(__file__, argv, args.data_dir), "results": measure(args)}
-    report["environment"] = environment(threads=args.threads)
-    write_report(args.output, report, table(report["results"]))
-    return report
+    return run_study(__file__, LossArguments, study, argv)
 
 
 if __name__ == "__main__":

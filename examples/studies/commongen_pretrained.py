@@ -17,9 +17,8 @@ from decoding_defaults import loops
 from evaluate_insnext import WRITING, concept_sets, judge_texts, write_texts
 from keyword_forms import any_form, with_forms
 from pretrained_pair import ADAPTER, base, load_pair
-from report import RESULTS, command, environment, write_report
+from report import RESULTS, Study, run_study
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from modeling_insnext import InsNextForInsertionLM
 from modeling_insnext.runs import read_rows
@@ -90,15 +89,16 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def study(args: PretrainedArguments) -> Study:
+    """Write sentences of concepts in every way."""
+    rows = concept_sets(args.data_dir, args.concept_sets)
+    results = measure(args, rows)
+    return Study(results, table(results), {"sets": len(rows)})
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Write in every way, and the table; returns the report."""
-    (args,) = HfArgumentParser(PretrainedArguments).parse_args_into_dataclasses(argv)
-    torch.set_num_threads(args.threads)
-    rows = concept_sets(args.data_dir, args.concept_sets)
-    report = {"command": command(__file__, argv, args.data_dir), "results": measure(args, rows)}
-    report["environment"] = environment(sets=len(rows), threads=args.threads)
-    write_report(args.output, report, table(report["results"]))
-    return report
+    return run_study(__file__, PretrainedArguments, study, argv)
 
 
 if __name__ == "__main__":

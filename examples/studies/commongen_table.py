@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from evaluate_insnext import WRITING, concept_sets, judge_texts, write_texts
 from peft import PeftModel
-from report import RESULTS, command, environment, run_script, write_report
+from report import RESULTS, Study, run_script, run_study
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoTokenizer
 
 from modeling_insnext import InsNextForInsertionLM
 
@@ -109,17 +109,16 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(args: list[str] | None = None) -> dict:
+def study(args: CommonGenArguments) -> Study:
+    """Train what has not been trained, and write sentences of concepts with every model."""
+    rows = concept_sets(args.data_dir, args.concept_sets)
+    results = measure(args, rows)
+    return Study(results, table(results), {"sets": len(rows), "steps": args.max_steps, "seed": args.seed})
+
+
+def main(argv: list[str] | None = None) -> dict:
     """Train what has not been trained, write, and write the table; returns the report."""
-    (table_args,) = HfArgumentParser(CommonGenArguments).parse_args_into_dataclasses(args)
-    rows = concept_sets(table_args.data_dir, table_args.concept_sets)
-    report = {
-        "command": command(__file__, args, table_args.data_dir),
-        "results": measure(table_args, rows),
-    }
-    report["environment"] = environment(sets=len(rows), steps=table_args.max_steps, seed=table_args.seed)
-    write_report(table_args.output, report, table(report["results"]))
-    return report
+    return run_study(__file__, CommonGenArguments, study, argv)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
-from report import RESULTS, command, environment, write_report
+from report import RESULTS, Study, command, environment, write_report
 from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser
 
@@ -96,6 +96,21 @@ def summary(losses: np.ndarray) -> dict:
 def concept_sets(data_dir: str, count: int) -> list[dict]:
     """Return the first `count` rows of CommonGen dev."""
     return read_rows(Path(data_dir, "commongen", "dev.jsonl"), count)
+
+
+def written_by_checkpoint(measure, table, args) -> Study:
+    """Return what `measure(model, tokenizer, rows, batch_size)` finds for an InsNeXt checkpoint and CommonGen dev.
+
+    Args:
+        measure: The study.
+        table: From its results to markdown.
+        args: `data_dir`, `checkpoint`, `concept_sets` and `batch_size`.
+    """
+    rows = concept_sets(args.data_dir, args.concept_sets)
+    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    model = InsNextForInsertionLM.from_pretrained(args.checkpoint, dtype=torch.float32).eval()
+    results = measure(model, tokenizer, rows, args.batch_size)
+    return Study(results, table(results), {"sets": len(rows)})
 
 
 def write_texts(

@@ -11,15 +11,13 @@ interval of a bootstrap over texts; p is of its paired bootstrap against the giv
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import evaluate
-import torch
 from commongen_table import p_value
-from evaluate_insnext import METRICS, concept_sets, judge_texts, write_texts
-from report import RESULTS, command, environment, write_report
-from transformers import AutoTokenizer, HfArgumentParser
+from evaluate_insnext import METRICS, judge_texts, write_texts, written_by_checkpoint
+from report import RESULTS, run_study
 
-from modeling_insnext import InsNextForInsertionLM
 from modeling_insnext.data import inflections
 
 
@@ -73,20 +71,9 @@ def table(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(args: list[str] | None = None) -> dict:
+def main(argv: list[str] | None = None) -> dict:
     """Write in every way, and the table; returns the report."""
-    (options,) = HfArgumentParser(FormsArguments).parse_args_into_dataclasses(args)
-    torch.set_num_threads(options.threads)
-    rows = concept_sets(options.data_dir, options.concept_sets)
-    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
-    model = InsNextForInsertionLM.from_pretrained(options.checkpoint, dtype=torch.float32).eval()
-    report = {
-        "command": command(__file__, args, options.data_dir),
-        "results": measure(model, tokenizer, rows, options.batch_size),
-        "environment": environment(sets=len(rows), threads=options.threads),
-    }
-    write_report(options.output, report, table(report["results"]))
-    return report
+    return run_study(__file__, FormsArguments, partial(written_by_checkpoint, measure, table), argv)
 
 
 if __name__ == "__main__":

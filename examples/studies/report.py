@@ -6,10 +6,13 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from transformers import HfArgumentParser
 
 from modeling_insnext.runs import write_atomically
 
@@ -17,6 +20,37 @@ from modeling_insnext.runs import write_atomically
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 # of the studies, from the root of the repository
 RESULTS = "examples/studies/results"
+
+
+class Study(NamedTuple):
+    """What a study found: its results, the table of them, and what figures belong to beside the machine."""
+
+    results: Any
+    table: str
+    facts: dict[str, Any]
+
+
+def run_study(script: str, arguments_class: type, study: Callable[..., Study], argv: list[str] | None = None) -> dict:
+    """Run a study with the arguments of a command line, and write its report and its table; return the report.
+
+    Args:
+        script: The study's file.
+        arguments_class: A dataclass with `data_dir` and `output`; `threads` are set where it has them.
+        study: From arguments to what is found.
+        argv: The command line, by default this process's.
+    """
+    (args,) = HfArgumentParser(arguments_class).parse_args_into_dataclasses(argv)
+    threads = {name: value for name, value in vars(args).items() if name == "threads"}
+    if threads:
+        torch.set_num_threads(args.threads)
+    results, table, facts = study(args)
+    report = {
+        "command": command(script, argv, args.data_dir),
+        "results": results,
+        "environment": environment(**facts, **threads),
+    }
+    write_report(args.output, report, table)
+    return report
 
 
 def run_script(name: str, args: list[str]) -> None:

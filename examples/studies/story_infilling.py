@@ -13,12 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from pretrained_pair import ADAPTER, load_pair
-from report import RESULTS, command, environment, write_report
+from report import RESULTS, Study, run_study
 from rouge_score.rouge_scorer import RougeScorer
 from tqdm import tqdm
-from transformers import HfArgumentParser
 
 from modeling_insnext.data import split_sentences
 from modeling_insnext.runs import read_rows
@@ -115,15 +113,16 @@ def table(results: list[dict], stories: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def study(args: InfillingArguments) -> Study:
+    """Write between the sentences of stories in every way."""
+    stories = read_stories(Path(args.data_dir, "stories", "roc_train.jsonl"), args.stories)
+    results = measure(args, stories)
+    return Study(results, table(results, stories), {})
+
+
 def main(argv: list[str] | None = None) -> dict:
     """Write, and write the table; returns the report."""
-    (args,) = HfArgumentParser(InfillingArguments).parse_args_into_dataclasses(argv)
-    torch.set_num_threads(args.threads)
-    stories = read_stories(Path(args.data_dir, "stories", "roc_train.jsonl"), args.stories)
-    report = {"command": command(__file__, argv, args.data_dir), "results": measure(args, stories)}
-    report["environment"] = environment(threads=args.threads)
-    write_report(args.output, report, table(report["results"], stories))
-    return report
+    return run_study(__file__, InfillingArguments, study, argv)
 
 
 if __name__ == "__main__":
