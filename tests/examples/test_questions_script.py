@@ -2,13 +2,13 @@
 
 import importlib.util
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import forked
 from tests.support.drt import MEMORY, tiny_model
 from tests.support.tokenizers import tiny_tokenizer
 
@@ -85,7 +85,7 @@ def test_what_was_read_is_opened_again_moved_and_by_another_process(script, fold
     command = [sys.executable, str(SCRIPT), "--model", str(folder), "--text", str(folder / "book.txt")]
     command += ["--memory", str(moved), "--max_new_tokens", str(NEW), "--location", "disk", "--questions", *QUESTIONS]
     command += ["--generate", '{"stop_strings": null, "eos_token_id": null}']
-    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[2], check=False)
+    done = forked.run(command, SCRIPT.parents[2], dict(os.environ), forked.READING)
     assert done.returncode == 0, done.stderr[-2000:]
     # the book was not read again: no progress bar
     assert all(answer in done.stdout for answer in first) and "chunks on disk" in done.stderr
@@ -94,7 +94,7 @@ def test_what_was_read_is_opened_again_moved_and_by_another_process(script, fold
     data = bytearray(moved.read_bytes())
     data[len(data) // 2] ^= 4
     moved.write_bytes(data)
-    done = subprocess.run(command, capture_output=True, text=True, cwd=SCRIPT.parents[2], check=False)
+    done = forked.run(command, SCRIPT.parents[2], dict(os.environ), forked.READING)
     assert done.returncode == 2 and "is damaged" in done.stderr and not done.stdout
     (folder / "other.txt").write_text(TEXT + "!")
     with pytest.raises(ValueError, match="got that of another text: delete it"):
