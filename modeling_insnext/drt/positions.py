@@ -7,7 +7,7 @@ landmarks in the text included, whatever padding surrounds them: reading in piec
 import torch
 
 from .layout import Layout
-from .rope import turn
+from .rope import tables, turn
 
 
 def slot_positions(layout: Layout, device: torch.device) -> torch.Tensor:
@@ -21,5 +21,5 @@ def rotate(x_BHPD: torch.Tensor, theta: float) -> torch.Tensor:
     P, D = x_BHPD.shape[-2:]
     wide = torch.promote_types(x_BHPD.dtype, torch.float32)
     rate = theta ** (-torch.arange(0, D, 2, device=x_BHPD.device, dtype=wide) / D)
-    angle = (torch.arange(P, device=x_BHPD.device, dtype=wide)[:, None] * rate).repeat(1, 2)
-    return turn(x_BHPD, angle.cos().to(x_BHPD.dtype), angle.sin().to(x_BHPD.dtype))
+    angle = torch.arange(P, device=x_BHPD.device, dtype=wide)[:, None] * rate
+    return turn(x_BHPD, *tables(angle, x_BHPD.dtype))

@@ -46,14 +46,20 @@ class Rope(NamedTuple):
     factor: float
 
     def turns(self, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return cosines and sines of positions `[...]`, `[..., D]` each, halves repeated.
+        """Return the `tables` of positions `[...]`, `[..., D]` each.
 
         Angles are float64 whatever the dtype: at a position of ten million, float32 would be wrong by half a radian.
         """
         wide = torch.float32 if positions.device.type == "mps" else torch.float64
-        rate_D = torch.tensor(self.frequencies, device=positions.device, dtype=wide).repeat(2)
-        angle = positions[..., None] * rate_D
-        return (angle.cos() * self.factor).to(dtype), (angle.sin() * self.factor).to(dtype)
+        angle = positions[..., None] * torch.tensor(self.frequencies, device=positions.device, dtype=wide)
+        return tables(angle, dtype, self.factor)
+
+
+def tables(angle: torch.Tensor, dtype: torch.dtype, factor: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `turn` turns by: of angles `[..., D / 2]` cosines and sines, halves repeated, sines of the left half
+    negative."""
+    cos, sin = (angle.cos() * factor).to(dtype), (angle.sin() * factor).to(dtype)
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rope_of(config) -> Rope:
@@ -67,9 +73,8 @@ def rope_of(config) -> Rope:
 
 
 def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Return x `[..., D]` turned, halves as pairs (the layout of Llama)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], -1) * sin
+    """Return x `[..., D]` turned by `tables`, halves as pairs (the layout of Llama)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-__all__ = ["ROPE_TYPES", "Rope", "check_rope", "rope_of", "turn"]
+__all__ = ["ROPE_TYPES", "Rope", "check_rope", "rope_of", "tables", "turn"]
