@@ -4,12 +4,15 @@
 
 LLAMA is a causal language model, CONVERTED what `python -m conversion.from_llama LLAMA CONVERTED --to insnext` makes
 of it. Both sides of a ratio go step by step in turns, in one process, on one thread, in float32; a ratio is the median
-of those of neighbouring steps, with their quartiles. Texts grow in their middle. Rows that miss their goal stay.
+of those of neighbouring steps, with their quartiles. Texts grow in their middle. Rows that miss their goal stay; where
+one fails that is said, and the others go on.
 `--smoke` runs everything once on a tiny model, for a test.
 """
 
+import sys
 import tempfile
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -86,15 +89,28 @@ def main():
         if args.smoke:
             args.source, args.model, args.mini = tiny_models(Path(folder))
             args.lengths, args.batch_sizes, args.steps = [8, 12], [1, 2], 4
-        for name in args.rows:
-            for sides in ROWS[name](args):
-                if isinstance(sides, str):
-                    left_out[name] = sides
-                    continue
-                ratios.append(Ratio.of(sides))
-                # after every line: what was measured stays if the next one fails
-                save(args, ratios, left_out, began)
+        failed = [name for name in args.rows if not measured(args, name, ratios, left_out, began)]
         save(args, ratios, left_out, began)
+    if failed:
+        sys.exit(f"rows that failed: {', '.join(failed)}")
+
+
+def measured(args, name: str, ratios: list[Ratio], left_out: dict[str, str], began: float) -> bool:
+    """Add the lines of a row and return whether it ended well; one that fails is said to, and the others go on."""
+    try:
+        for sides in ROWS[name](args):
+            if isinstance(sides, str):
+                left_out[name] = sides
+                continue
+            ratios.append(Ratio.of(sides))
+            # after every line: what was measured stays whatever ends the run
+            save(args, ratios, left_out, began)
+    except Exception as error:
+        traceback.print_exc()
+        # the message may name folders of this machine
+        left_out[name] = f"it failed with {type(error).__name__}"
+        return False
+    return True
 
 
 def save(args, ratios: list[Ratio], left_out: dict[str, str], began: float) -> None:

@@ -70,15 +70,17 @@ def step_rows(args) -> Iterator[Sides]:
         ours = load(args, name)
         theirs = load(args, "source") if name == "model" else llama_like(ours)
         for rows in args.batch_sizes:
-            found = {}
+            found, others = {}, {}
             for tokens in args.lengths:
                 asked = (tokens, args.steps, rows)
-                found[tokens], other = steps_of((ours, write, asked, {}), (theirs, continue_text, asked, {}))
+                both = steps_of((ours, write, asked, {}), (theirs, continue_text, asked, {}))
+                found[tokens], others[tokens] = both
                 goal = GOALS.get(rows) if name == "model" else None
-                yield Sides(f"{name}: step, {rows} rows, n = {tokens}", source, goal, found[tokens], other)
+                yield Sides(f"{name}: step, {rows} rows, n = {tokens}", source, goal, *both)
             first, last = args.lengths[0], args.lengths[-1]
-            sides = (np.sort(found[last]), np.sort(found[first]))
-            yield Sides(f"{name}: step, {rows} rows, n = {last}", f"n = {first}", 1.3, *sides)
+            for whose, seconds, goal in ((name, found, 1.3), (source, others, None)):
+                sides = (np.sort(seconds[last]), np.sort(seconds[first]))
+                yield Sides(f"{whose}: step, {rows} rows, n = {last}", f"n = {first}", goal, *sides)
 
 
 def ebr_rows(args) -> Iterator[Sides]:
@@ -150,8 +152,8 @@ def training_rows(args) -> Iterator[Sides | str]:
     from peft import LoraConfig, get_peft_model
 
     rows, tokens = (2, 16) if args.smoke else (1, 256)
-    config = LoraConfig(r=32, lora_alpha=64, target_modules="all-linear")
-    models = [get_peft_model(load(args, name), config).train() for name in ("model", "source")]
+    adapter = {"r": 32, "lora_alpha": 64, "target_modules": "all-linear"}
+    models = [get_peft_model(load(args, name), LoraConfig(**adapter)).train() for name in ("model", "source")]
     ids = random_text(models[0], rows, tokens)
     context, rank = tokens // 4, torch.arange(tokens)
     # every fourth token is given, then what lies between them is written from left to right

@@ -4,9 +4,10 @@ import json
 import sys
 
 import benchmark_cpu
+import numpy as np
 import pytest
 import step_clock
-from cpu_rows import ROWS
+from cpu_rows import ROWS, Sides
 
 from tests.support.equality import same_bits
 from tests.support.insnext import shipped_model
@@ -22,9 +23,27 @@ def test_the_smoke_run_has_every_row_and_says_what_it_left_out(tmp_path, monkeyp
     measured = {ratio["what"] for ratio in report["ratios"]}
     for row in ("model: step, 2 rows, n = 12", "mini: step, 4 beams, n = 8", "DRT of 1 layers: step behind 90 tokens"):
         assert row in measured
+    assert {"model: step, 1 rows, n = 12", "its source: step, 1 rows, n = 12"} <= measured
     assert all(ratio["low"] <= ratio["ratio"] <= ratio["high"] for ratio in report["ratios"])
     text = (tmp_path / "table.md").read_text()
     assert all(f"Not measured: {name}, {reason}." in text for name, reason in report["left_out"].items())
+
+
+def test_a_row_that_fails_is_said_to_and_the_others_are_kept(tmp_path, monkeypatch):
+    def fails(args):
+        yield Sides("first line", "itself", None, np.ones(4), np.ones(4))
+        raise ValueError(f"no row of {args.model}")
+
+    monkeypatch.setattr(benchmark_cpu, "ROWS", {"fails": fails, "bookkeeping": ROWS["bookkeeping"]})
+    asked = ["--smoke", "--output", str(tmp_path / "table"), "--rows", "fails", "bookkeeping"]
+    monkeypatch.setattr(sys, "argv", ["benchmark_cpu.py", *asked])
+    with pytest.raises(SystemExit, match="rows that failed: fails"):
+        benchmark_cpu.main()
+    report = json.loads((tmp_path / "table.json").read_text())
+    assert report["left_out"] == {"fails": "it failed with ValueError"}
+    assert [ratio["what"].split(",")[0] for ratio in report["ratios"]] == ["first line"] + 2 * [
+        "mini: step without weights"
+    ]
 
 
 @pytest.mark.parametrize(
