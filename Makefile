@@ -12,7 +12,8 @@ OLDEST_PYTHON ?= $(or $(shell command -v python3.10),$(PYTHON))
 OLDEST_PINS := "torch==2.9.*" "transformers==5.17.*" "huggingface_hub==1.31.*"
 OUTSIDE ?= .venv-outside
 PORT ?= 8000
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+# processes that a test starts find the package compiled
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 .PHONY: venv demo serve test lint format slow oldest outside gpu clean
 

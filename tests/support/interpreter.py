@@ -35,6 +35,16 @@ def quicken() -> None:
         modules = filter(inspect.ismodule, fn.__globals__.values())
         return frozenset(module for module in modules if module in (language, language.core))
 
+    def replace_attribute(owner, name, member, builder, scope):
+        # what wraps a builtin asks for `_semantic` only
+        function, semantic = inspect.unwrap(member), interpreter.interpreter_semantic
+
+        def interpreted(*args, **kwargs):
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(owner, name, interpreted)
+
     @cache
     def names(package):
         return [name for name, member in inspect.getmembers(package) if is_builtin(member)]
@@ -44,7 +54,7 @@ def quicken() -> None:
             member = getattr(package, name)
             # those of a class may have been replaced beside another module
             if is_builtin(member):
-                interpreter._patch_attr(package, name, member, builder, scope)
+                replace_attribute(package, name, member, builder, scope)
 
     def replace_once(fn):
         new = languages(fn) - replaced
@@ -72,8 +82,9 @@ def quicken() -> None:
     _replace(interpreter, "_get_np_dtype", numpy_type_of)
     _replace(interpreter, "_patch_builtin", replace_builtins)
     _replace(interpreter, "_patch_lang", replace_once)
+    _replace(interpreter, "_patch_attr", replace_attribute)
     _quicken_types(language.core)
-    _quicken_overflow()
+    _quicken_semantic()
 
 
 def _quicken_types(core) -> None:
@@ -113,13 +124,18 @@ def _quicken_types(core) -> None:
     _replace(core, "_unwrap_if_constexpr", unwrapped)
 
 
-def _quicken_overflow() -> None:
+def _quicken_semantic() -> None:
     from triton.language.semantic import TritonSemantic
 
-    check = TritonSemantic.binary_op_sanitize_overflow_impl
+    check, broadcast = TritonSemantic.binary_op_sanitize_overflow_impl, TritonSemantic.broadcast_impl_value
 
     def check_overflow(self, lhs, rhs, binary_op):
         if self.builder.options.debug:
             check(self, lhs, rhs, binary_op)
 
+    def broadcast_value(self, lhs, rhs):
+        # of one size each shape is made once; a scalar has an empty one
+        return (lhs, rhs) if lhs.shape is rhs.shape else broadcast(self, lhs, rhs)
+
     _replace(TritonSemantic, "binary_op_sanitize_overflow_impl", check_overflow)
+    _replace(TritonSemantic, "broadcast_impl_value", broadcast_value)
