@@ -54,6 +54,10 @@ def make_router(engine: Engine) -> APIRouter:
         check_model(engine, name)
         return card
 
+    @router.post("/v1/chat/completions")
+    async def chat():
+        raise ApiError(404, "there is no chat: use /v1/completions, with a suffix for text in between")
+
     @router.post("/v1/completions")
     async def completions(request: Request):
         asked = await read(request, Completion, engine.limits.body)

@@ -99,6 +99,11 @@ def test_a_streamed_suffix_is_met_with_one_space(client):
     assert not text.startswith(" ") and text.endswith(" ") and not text.endswith("  ")
 
 
+def test_who_wants_to_chat_is_told_where_text_is_completed(client):
+    with pytest.raises(openai.NotFoundError, match="use /v1/completions"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "the old man"}])
+
+
 def test_usage_counts_given_and_written_tokens(client):
     engine = tiny_engine()
     usage = client.completions.create(**ASKED, suffix=" and the sea", n=2).usage
