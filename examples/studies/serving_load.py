@@ -34,6 +34,7 @@ class LoadArguments:
     url: str = field(default="http://127.0.0.1:8000", metadata={"help": "Where the server is; loopback only."})
     clients: list[int] = field(default_factory=lambda: [1, 4, 16], metadata={"help": "Numbers of clients at once."})
     seconds: float = field(default=120.0, metadata={"help": "How long each number asks."})
+    seeds: bool = field(default=True, metadata={"help": "Whether four of seven requests have a seed."})
     output: str = field(default=f"{RESULTS}/serving_load", metadata={"help": "Writes .json and .md."})
 
     def __post_init__(self):
@@ -195,6 +196,9 @@ def measure(args: LoadArguments) -> list[dict]:
     connection = http.client.HTTPConnection(urlparse(args.url).netloc)
     connection.request("GET", "/v1/models")
     requests = requests_of(json.load(connection.getresponse())["data"][0]["id"])
+    if not args.seeds:
+        for request in requests:
+            request.body.pop("seed", None)
     for request in tqdm(requests, desc="alone"):
         text, _ = request.read(ask(args.url, request))
         if "seed" in request.body:

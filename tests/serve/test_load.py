@@ -17,6 +17,16 @@ def test_everybody_gets_an_answer_of_their_own():
     assert len(row["MiB by quarters"].split(", ")) == 5
 
 
+def test_without_seeds_nothing_has_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "serving_load.ask", lambda url, request, hang_up=False: asked.append(request) or ask(url, request)
+    )
+    with served(tiny_engine()) as url:
+        (row,) = measure(LoadArguments(url, [1], 0.5, seeds=False))
+    assert row["right"] > 0 and not any("seed" in request.body or request.expected for request in asked)
+
+
 def test_an_answer_to_another_request_is_noticed():
     requests = requests_of("tiny")
     with served(tiny_engine()) as url:

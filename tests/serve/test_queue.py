@@ -1,5 +1,6 @@
 """Many clients at once: the queue's bound, hang-ups, time limits, and seeds that know of nobody else."""
 
+import gc
 import http.client
 import json
 import threading
@@ -9,12 +10,14 @@ from urllib.parse import urlparse
 
 import pytest
 
+from examples.serve.asked import Asked
 from examples.serve.engine import Engine
-from examples.serve.job import Cuts, Job, Settings
+from examples.serve.job import Cuts, Job, Row, Settings
 from examples.serve.openai_api import job_fields
 from examples.serve.schema import Completion
 from examples.serve.texts import Around
 from examples.serve.watch import Watch
+from modeling_insnext.insnext.draft import Draft
 from tests.support.serving import post, served, tiny_engine
 
 
@@ -193,6 +196,32 @@ def test_what_waits_too_long_is_told_so_and_what_writes_too_long_ends():
         assert body["usage"]["completion_tokens"] == 1
         status, body = second.result()
     assert status == 503 and body["error"]["code"] == "timeout"
+
+
+def alive() -> int:
+    """Return how many requests, and texts of them, are still there."""
+    gc.collect()
+    return sum(isinstance(thing, (Job, Row, Watch, Asked, Draft)) for thing in gc.get_objects())
+
+
+def test_no_request_is_kept_once_it_is_answered():
+    with served(tiny_engine()) as url:
+
+        def one() -> int:
+            """Return what is there of the last request, which the writing thread still holds."""
+            post(f"{url}/v1/completions", ASKED)
+            return alive()
+
+        least = one()
+        for seed in range(9):
+            post(f"{url}/v1/completions", {**ASKED, "suffix": " and the sea", "seed": seed})
+            post(f"{url}/v1/completions", {**ASKED, "seed": seed, "prompt": "sea " * 300})
+            first_text_of(url, seed=seed)[0].close()
+        # who hung up is noticed a little later
+        waits(lambda: one() == least)
+        # control: what somebody keeps is counted
+        kept = [thing for thing in gc.get_objects() if isinstance(thing, Job)]
+        assert kept and one() > least > 0
 
 
 def test_what_waits_when_the_server_ends_is_told_so():
