@@ -36,7 +36,8 @@ def nothing_to_write(draft: Draft, row: int, slot: int, rules: TokenRules) -> Va
 def _barred_by(draft: Draft, row: int, slot: int, rules: TokenRules) -> list[tuple[str, int]]:
     """Return how many tokens each of the voices bars of those that the ones before it left."""
     acts_R = torch.arange(len(draft), device=draft.ids.device) == row
-    slots_R = torch.where(acts_R, slot, draft.last_slots())
+    slots_R, rows = torch.where(acts_R, slot, draft.last_slots()), torch.tensor([row], device=acts_R.device)
+    sets = draft.token_sets(slots_R)
     heard = TokenRules(torch.zeros_like(rules.continuation_mask), LogitsProcessorList(), None)
     voices = [("pieces that continue a given word", {"continuation_mask": rules.continuation_mask})]
     voices.append(("bad_words_ids, sequence_bias and no_repeat_ngram_size", {"bans": rules.bans}))
@@ -45,7 +46,7 @@ def _barred_by(draft: Draft, row: int, slot: int, rules: TokenRules) -> list[tup
         voices.append((type(processor).__name__, {"processors": LogitsProcessorList(rules.processors[:count])}))
     who, counts, left = ["the vocabulary and the place of keywords"], [], len(rules.continuation_mask)
     for name, says in [*voices, (None, {})]:
-        now = int((~token_scores(draft, slots_R, acts_R, heard)[row].isneginf()).sum())
+        now = int((~token_scores(draft, slots_R, rows, heard, sets)[row].isneginf()).sum())
         counts.append(left - now)
         who, left, heard = [*who, name], now, heard._replace(**says)
     return list(zip(who, counts, strict=False))

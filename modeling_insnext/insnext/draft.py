@@ -12,7 +12,7 @@ import torch
 
 from .attention import Interval
 from .cache import InsertionCache
-from .pending import Pending
+from .pending import Pending, TokenSets
 
 
 # buffers `[R, C + 1]` and `[R, C + 1, D]` with a column for each entry
@@ -64,7 +64,9 @@ class Draft:
         self.causal_blocks = model.config.block_attention == "causal"
         device = canvas.input_ids.device
         R, T = canvas.input_ids.shape
+        # never changed in place: what was measured of them holds for this very tensor
         self.lengths = canvas.lengths
+        self._measured = None, 0
         self.capacity, self.static = int((self.lengths + budget.limit).max()) + parallel, static
         index_T = torch.arange(T, device=device)
 
@@ -132,11 +134,22 @@ class Draft:
     @property
     def width(self) -> int:
         """Number of entries of the longest row (with a static cache: the capacity, so that shapes stay)."""
-        return self.capacity if self.static else int(self.lengths.max())
+        return self.capacity if self.static else self.longest
+
+    @property
+    def longest(self) -> int:
+        """Number of entries of the longest row; of the same lengths the device is asked once."""
+        if self._measured[0] is not self.lengths:
+            self._measured = self.lengths, int(self.lengths.max())
+        return self._measured[1]
+
+    def token_sets(self, slots: torch.Tensor) -> TokenSets | None:
+        """Return what tokens mean in one slot of each row, `[R]`; None where no keywords are pending."""
+        return None if self.pending is None else self.pending.token_sets(self, slots)
 
     def texts(self) -> torch.Tensor:
         """Return the texts as they are now, `[R, T]`, left to right, each behind the padding it was given with."""
-        width = int(self.lengths.max())
+        width = self.longest
         present = torch.arange(width, device=self.ids.device) < self.lengths[:, None]
         # padding goes to a column of its own, so that it does not write over a token
         total = int((self.lengths + self.margins).max())
@@ -206,7 +219,8 @@ class Draft:
 
     def _append(self, counts: torch.Tensor) -> None:
         """Encode the last `counts` entries of each row behind its cache, if there are any; they see one another."""
-        asked = counts.tolist()
+        asked, lengths = torch.stack([counts, self.lengths]).tolist()
+        self._measured = self.lengths, max(lengths)
         Q, all_act = max(asked), min(asked) > 0
         if Q == 0:
             return
@@ -355,7 +369,7 @@ class Draft:
         """
         never = self.model.config.never_inserted
         pad = self.pad if self.pad in never or not never else never[0]
-        width = int(self.lengths.max())
+        width = self.longest
         lengths = self.lengths[:, None]
         present = torch.arange(width, device=self.ids.device) < lengths
         turn = self.ranks.gather(1, slots[:, None]) + 1

@@ -16,6 +16,7 @@ from transformers import LogitsProcessorList, generation
 
 from .bans import Bans
 from .draft import Draft
+from .pending import TokenSets
 
 
 # what reads the end of a text only -> what to use where a text grows in any place
@@ -70,7 +71,9 @@ class TokenRules(NamedTuple):
     keyword_bias: float = 0.0
 
 
-def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: TokenRules) -> torch.Tensor:
+def token_scores(
+    draft: Draft, slots: torch.Tensor, rows: torch.Tensor, rules: TokenRules, sets: TokenSets | None
+) -> torch.Tensor:
     """Return processed scores `[R, V]` of the token that goes into one slot of each row; `-inf` in rows that rest.
 
     Processors are given all rows: of one that rests its text from left to right and scores of 0. Where a row must
@@ -79,14 +82,14 @@ def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: T
     Args:
         draft: The texts.
         slots: int64 `[R]`.
-        acts: bool `[R]`, rows that write.
+        rows: int64, those that write.
         rules: Who has a say.
+        sets: `draft.token_sets(slots)`.
     """
-    model, rows = draft.model, acts.nonzero().squeeze(1)
+    model = draft.model
     states = model.slot_head.token_state(draft.slots[rows, slots[rows]], draft.state[rows])
     scores = model.token_logits(states)
     plain, barred = scores, draft.words_end[rows, slots[rows]][:, None] & rules.continuation_mask
-    sets = None if draft.pending is None else draft.pending.token_sets(draft, slots)
     if sets is not None:
         barred = (barred | sets.out_of_place[rows]) & ~sets.go_on[rows]
     scores = scores.masked_fill(barred, -torch.inf)
@@ -94,6 +97,7 @@ def token_scores(draft: Draft, slots: torch.Tensor, acts: torch.Tensor, rules: T
         texts = zip(scores, draft.texts_as_lists(rows), draft.ranks[rows, slots[rows]].tolist(), strict=True)
         scores = torch.stack([rules.bans.add_to(scores_V, text, rank + 1) for scores_V, text, rank in texts])
     all_act = len(rows) == len(draft)
+    acts = torch.zeros_like(draft.running).index_fill(0, rows, True)
     scores_RV = scores if all_act else scores.new_zeros(len(draft), scores.shape[1]).index_copy(0, rows, scores)
     if rules.processors or rules.allowed_tokens is not None:
         seen = draft.around(slots if all_act else torch.where(acts, slots, draft.last_slots()))

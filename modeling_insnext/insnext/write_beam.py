@@ -173,15 +173,16 @@ def _pools(draft: Draft, bounds, texts, beams: int, rules: TokenRules) -> list[d
         bounds = bounds.masked_fill(~pending.takes_any_word(draft), -torch.inf)
     bounds, order = bounds.sort(descending=True, stable=True)
     for turn in range(bounds.shape[1]):
-        acts = bounds[:, turn] > _thresholds(pools, unbegun, beams, bounds)
-        if not bool(acts.any()):
+        rows = (bounds[:, turn] > _thresholds(pools, unbegun, beams, bounds)).nonzero().squeeze(1)
+        if len(rows) == 0:
             break
-        scores = token_scores(draft, order[:, turn], acts, rules).log_softmax(1) + bounds[:, turn, None]
-        if pending is not None:
-            scores = scores.masked_fill(pending.token_sets(draft, order[:, turn]).of_keywords, -torch.inf)
+        sets = draft.token_sets(order[:, turn])
+        scores = token_scores(draft, order[:, turn], rows, rules, sets).log_softmax(1) + bounds[:, turn, None]
+        if sets is not None:
+            scores = scores.masked_fill(sets.of_keywords, -torch.inf)
         top = scores.topk(min(2 * beams, scores.shape[1]), dim=1)
         values, tokens, slots = top.values.tolist(), top.indices.tolist(), order[:, turn].tolist()
-        for row in acts.nonzero().squeeze(1).tolist():
+        for row in rows.tolist():
             for value, token in zip(values[row], tokens[row], strict=True):
                 add(value, row, slots[row], token)
     return pools

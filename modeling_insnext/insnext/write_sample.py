@@ -146,9 +146,10 @@ def write_tokens(draft, sampler, slots, takes, rules: TokenRules) -> tuple[torch
     for q in range(slots.shape[1]):
         # the first slot was chosen among those with room; what the step has written may have taken that of others
         acts = takes[:, q] if q == 0 else takes[:, q] & (draft.room(slots[:, q : q + 1])[:, 0] > 0)
-        scores = token_scores(draft, slots[:, q], acts, rules)
+        rows = acts.nonzero().squeeze(1)
+        scores = token_scores(draft, slots[:, q], rows, rules, draft.token_sets(slots[:, q]))
         first_scores = scores if first_scores is None else first_scores
-        if bool(acts.any()):
+        if len(rows) > 0:
             # only rows that fill a slot draw for it, so that no row's draws depend on its neighbours
             best = sampler.add_noise(scores, acts * scores.shape[1]).max(1)
             barred = acts & best.values.isneginf()
