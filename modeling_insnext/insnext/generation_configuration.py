@@ -127,11 +127,16 @@ def check_generation_kwargs(kwargs: Mapping[str, Any], allowed: Collection[str])
 
 
 def asked_options(model_config: GenerationConfig, user_config: GenerationConfig | None, kwargs) -> set[str]:
-    """Return the names that one call sets, by `kwargs` or by a `user_config` that differs from the model's own."""
+    """Return the names that one call sets, by `kwargs` or by a `user_config` that differs from the model's own.
+
+    The defaults of insertion in a `user_config` ask for nothing: pipelines fill them in.
+    """
     set_here = {} if user_config is None else user_config.to_dict()
-    asked = {
-        name for name, value in set_here.items() if value is not None and value != getattr(model_config, name, None)
-    }
+    asked = set()
+    for name, value in set_here.items():
+        own = getattr(model_config, name, None)
+        if value is not None and value != (INSERTION_DEFAULTS.get(name) if own is None else own):
+            asked.add(name)
     return asked | {name for name, value in kwargs.items() if value is not None}
 
 

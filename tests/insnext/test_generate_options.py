@@ -8,6 +8,7 @@ from transformers.testing_utils import CaptureLogger
 from transformers.utils import logging
 
 from modeling_insnext.insnext.generation_configuration import InsertionGenerationConfig
+from tests.support.equality import same_bits
 from tests.support.generation_twins import canvas_of, writing_model
 from tests.support.insnext import BOS, PAD, tiny_model
 from tests.support.tokenizers import tiny_tokenizer
@@ -54,6 +55,19 @@ def test_an_option_without_effect_is_refused(options, message):
     config = {name: value for name, value in options.items() if name not in ("synced_gpus", "tokenizer")}
     if config:
         refused(message, generation_config=InsertionGenerationConfig(**config))
+
+
+def test_a_config_with_the_defaults_filled_in_asks_for_nothing_as_a_pipeline_gives_it():
+    model = writing_model(seed=0)
+    filled, _ = model._prepare_generation_config(None)
+    assert filled.keyword_bias == 7.0 and model.generation_config.keyword_bias is None
+    plain = model.generate(PROMPT, max_new_tokens=3)
+    assert same_bits(model.generate(PROMPT, max_new_tokens=3, generation_config=filled), plain)
+    # control: another value asks, and so does the default as a keyword argument
+    filled.keyword_bias = 3.0
+    for options in ({"generation_config": filled}, {"keyword_bias": 7.0}):
+        with pytest.raises(ValueError, match="keyword_bias has no effect without pending keywords"):
+            model.generate(PROMPT, max_new_tokens=3, **options)
 
 
 def test_what_a_checkpoint_sets_may_rest():
