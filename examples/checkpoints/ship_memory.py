@@ -1,11 +1,11 @@
-r"""Write what train_memory.py learned as a small checkpoint of this folder: bfloat16 weights, history and curve.
+r"""Write what train_memory.py learned without its source: bfloat16 weights, history and curve.
 
     python examples/checkpoints/ship_memory.py runs/memory --source runs/source \
         --options '{"memory": "copy", "retrieval_groups": [13], "cross_attention_layers": 4}' \
-        --output_dir examples/checkpoints/drt-smol
+        --output_dir runs/shipped
 
-`--source` is the converted folder it was trained on, `--options` how conversion.from_llama made it. A card that is
-there stays.
+`--source` is the converted folder it was trained on, `--options` how conversion.from_llama made it;
+conversion.smol_memory puts both together. A card that is there stays.
 """
 
 import argparse

@@ -42,7 +42,7 @@ class Arguments:
     memories: list[str] = field(metadata={"help": "name=folder or name=folder:folder of train_memory.py."})
     corpus: str = field(metadata={"help": "Folder with valid.npy in the tokens of the memories."})
     source: str | None = field(default=None, metadata={"help": "What the memories were made of; default: SmolLM2."})
-    head_texts: int = field(default=6, metadata={"help": "Texts of each kind in which heads are looked at."})
+    head_texts: int = field(default=6, metadata={"help": "Texts of each kind in which heads are looked at; 0: none."})
     head_length: int = field(default=448, metadata={"help": "Tokens of these."})
     texts: int = field(default=12, metadata={"help": "Rows to read."})
     chunks: int = 7
@@ -144,7 +144,12 @@ def markdown(report: dict) -> str:
             cells = [", ".join(in_words(result[part])) for part in ("nothing", "right", "finds")]
             found = f"{np.mean(result['found']):.2f} of {np.mean(result['of']):.0f}"
             lines.append(f"| {name} | {kind} | {found} | " + " | ".join(cells) + " |")
-    lines += ["", "| needle | heads of the source that look at the answer, layer.head and attention |", "|---|---|"]
+    if report["heads"]:
+        lines += [
+            "",
+            "| needle | heads of the source that look at the answer, layer.head and attention |",
+            "|---|---|",
+        ]
     for kind, table in report["heads"].items():
         best = sorted(
             ((share, f"{i}.{j}") for i, row in enumerate(table) for j, share in enumerate(row)), reverse=True
@@ -160,10 +165,11 @@ def main(arguments: Arguments) -> None:
     haystack = np.load(f"{arguments.corpus}/valid.npy", mmap_mode="r")
     recipe = parse(["--model", folder, "--corpus", arguments.corpus, "--output_dir", "-", "--book_share", "0"])
     recipe.chunks, kinds = arguments.chunks, recipe.kinds
-    source = load(arguments.source or str(packaged_file() or hub_folder()), torch.float32)
-    source.set_attn_implementation("eager")
-    heads = {kind: attention_to_answers(source, tokenizer, haystack, kind, arguments).tolist() for kind in kinds}
-    told = {}
+    heads, told = {}, {}
+    if arguments.head_texts:
+        source = load(arguments.source or str(packaged_file() or hub_folder()), torch.float32)
+        source.set_attn_implementation("eager")
+        heads = {kind: attention_to_answers(source, tokenizer, haystack, kind, arguments).tolist() for kind in kinds}
     for name, model in named:
         for kind in tqdm(kinds, desc=name):
             recipe.kinds = [kind]
