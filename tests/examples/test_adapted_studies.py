@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import re
 
 import adapted_losses
+import commongen_tuned
+import prepare_concepts
 import pretrained_pair
 import pytest
 import ship_adapter
@@ -101,6 +104,37 @@ def test_a_source_goes_on_behind_bos_and_is_cut_after_its_sentences(pair):
     out = source.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.pad_token_id)
     text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     assert " ".join(text.split()).startswith(together[1])
+
+
+def test_concepts_behind_their_prompt_stand_in_the_sentence_which_is_told_from_the_prompt(pair, tmp_path):
+    model, source, tokenizer = pair
+    rows = [{"prompt": f"{words} =", "completion": f" The {words}."} for words in ("fox sea", "dog", "fox sea")]
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = commongen_tuned.valid_sets(tmp_path / "valid.jsonl", 9)
+    assert sets[0] == {"concepts": ["fox", "sea"], "references": ["The fox sea."] * 2} and len(sets) == 2
+    for keep, pattern in (("pending", r"\b{}(es|s|ed|ing)?\b"), ("given", r"\b{}\b"), ("nothing", ""), (None, "")):
+        reader = source if keep is None else model
+        texts = commongen_tuned.write(reader, tokenizer, sets, 2, keep, do_sample=False)
+        for row, text in zip(sets, texts, strict=True):
+            assert text and not text.startswith(row["concepts"][0] + " =")
+            assert all(re.search(pattern.format(word), text) for word in row["concepts"]), (keep, text)
+
+
+def test_captions_become_sentences_and_held_out_sets_stay_out_of_training(tmp_path):
+    (tmp_path / "commongen").mkdir()
+    captions = ["a dog runs to the sea ,", "Two dogs run along the sea .", "actor with his dog at sea", "dog at sea"]
+    with gzip.open(tmp_path / "commongen" / "train.jsonl.gz", "wt") as file:
+        for index in range(6):
+            file.write(json.dumps({"id": str(index), "concepts": ["dog", "sea"], "references": captions}) + "\n")
+    arguments = prepare_concepts.Arguments(str(tmp_path), str(tmp_path), valid_sets=2)
+    prepare_concepts.main(arguments)
+    train, valid = (
+        [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "valid")
+    )
+    assert {row["completion"] for row in train} == {" A dog runs to the sea.", " Two dogs run along the sea."}
+    assert {row["prompt"] for row in train} == {"dog sea ="} and len(train) + len(valid) == 12
+    assert valid and not {row["id"] for row in train} & {row["id"] for row in valid}
 
 
 def test_an_adapter_is_shipped_in_bfloat16_with_its_history_and_without_paths(folders, tmp_path):

@@ -1,0 +1,150 @@
+r"""CommonGen dev by two LoRAs of SmolLM2 on the same rows: one left to right, one of the insertion model.
+
+    python examples/studies/commongen_tuned.py --data_dir DATA --adapter INSERTION --peer LEFT_TO_RIGHT
+
+Both read "field look stand =" and write the sentence (rows: examples/checkpoints/prepare_concepts.py; both by
+run_finetuning.py --task completion, as many steps). The insertion model also keeps what its prompt says: each concept
+pending in its regular English forms, whole, wherever it is written; or all of them given, in the order of the prompt,
+with gaps around them. BLEU is sacrebleu's, all references, without case, with the 95 % interval of a bootstrap over
+texts; coverage counts concepts that stand there as whole words, in the given form or in any; p is of the paired
+bootstrap of BLEU against the peer's greedy texts. --valid_file writes its sets in the place of dev's, to choose
+options on.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from commongen_pretrained import table
+from commongen_table import p_value
+from decoding_defaults import loops
+from evaluate_insnext import concept_sets, judge_texts
+from keyword_forms import any_form, with_forms
+from left_to_right_perplexity import load
+from peft import PeftModel
+from pretrained_pair import adapted, hub_folder, packaged_file
+from report import RESULTS, command, environment, write_report
+from tqdm import tqdm
+from transformers import AutoTokenizer, HfArgumentParser
+
+from modeling_insnext import InsNextForInsertionLM
+from modeling_insnext.runs import read_rows
+
+
+ROOM = 40
+
+
+@dataclass
+class TunedArguments:
+    data_dir: str = field(metadata={"help": "Folder that holds commongen/."})
+    adapter: str = field(metadata={"help": "Adapter of the insertion model."})
+    peer: str | None = field(default=None, metadata={"help": "Adapter of SmolLM2 itself."})
+    output: str = field(default=f"{RESULTS}/commongen_tuned", metadata={"help": "Writes .json and .md."})
+    concept_sets: int = field(default=200, metadata={"help": "Sets to write."})
+    valid_file: str | None = field(default=None, metadata={"help": "Sets to choose options on, not dev's."})
+    biases: list[float] = field(default_factory=lambda: [0.0], metadata={"help": "Values of keyword_bias."})
+    batch_size: int = field(default=25, metadata={"help": "Sets written at once."})
+    threads: int = 1
+
+
+def prompt_of(row: dict) -> str:
+    return f"{' '.join(row['concepts'])} ="
+
+
+def valid_sets(path: str, count: int) -> list[dict]:
+    """Return rows of prompts and completions as concept sets with references, one a set."""
+    sets = {}
+    for row in read_rows(path):
+        concepts = row["prompt"].removesuffix(" =").split(" ")
+        sets.setdefault(row["prompt"], {"concepts": concepts, "references": []})["references"].append(
+            row["completion"].strip()
+        )
+    return list(sets.values())[:count]
+
+
+def canvas_of(model, tokenizer, rows: list[dict], keep: str):
+    """Return prompts with a gap behind them; `keep`: nothing more, the concepts pending, or given in their order."""
+    if keep == "given":
+        return model.canvas(tokenizer, [f"{prompt_of(row)} ___ {' ___ '.join(row['concepts'])} ___" for row in rows])
+    texts = [f"{prompt_of(row)} ___" for row in rows]
+    if keep == "nothing":
+        return model.canvas(tokenizer, texts)
+    return model.canvas(tokenizer, texts, [with_forms(row)["concepts"] for row in rows], ordered=False)
+
+
+def write(model, tokenizer, rows: list[dict], batch_size: int, keep: str | None, **options) -> list[str]:
+    """Return a sentence for each row; `keep` None: from left to right, by a causal model."""
+    texts = []
+    for first in tqdm(range(0, len(rows), batch_size), desc=f"{keep} {options}", disable=None):
+        part = rows[first : first + batch_size]
+        if keep is None:
+            given = tokenizer(list(map(prompt_of, part)), padding=True, padding_side="left", return_tensors="pt")
+        else:
+            given = canvas_of(model, tokenizer, part, keep).to(model.device)
+        out = model.generate(**given, max_new_tokens=ROOM, repetition_penalty=1.0, **options)
+        for row, text in zip(part, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
+            texts.append(text.strip().removeprefix(prompt_of(row)).strip())
+    return texts
+
+
+def ways(biases: list[float]) -> dict[str, tuple[str, dict]]:
+    """Return what is kept and how it is written, by the name of the row."""
+    once, ratio = {"ebr": False}, {"ebr": True, "ebr_ratio": 1.0}
+    rows = {"insertion, prompt alone": ("nothing", once)}
+    for bias in biases:
+        rows[f"insertion, forms pending, bias {bias:g}"] = ("pending", {**once, "keyword_bias": bias})
+    rows[f"the same, bias {biases[0]:g}, EBR ratio 1"] = ("pending", {**ratio, "keyword_bias": biases[0]})
+    rows["insertion, forms pending, 4 beams"] = ("pending", {**once, "num_beams": 4})
+    rows["insertion, given in order"] = ("given", once)
+    rows["the same, EBR ratio 1"] = ("given", ratio)
+    return rows
+
+
+def measure(args: TunedArguments, rows: list[dict]) -> list[dict]:
+    """Return one result a way to write."""
+    folder = adapted(args.adapter)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts, seconds = {}, {}
+    if args.peer is not None:
+        source = load(str(packaged_file() or hub_folder()), torch.float32)
+        peer = PeftModel.from_pretrained(source, args.peer).merge_and_unload().eval()
+        for name, options in (("left to right, greedy", {}), ("left to right, 4 beams", {"num_beams": 4})):
+            began = time.process_time()
+            options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, **options}
+            texts[name] = write(peer, tokenizer, rows, args.batch_size, None, **options)
+            seconds[name] = time.process_time() - began
+    model = InsNextForInsertionLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for name, (keep, options) in ways(args.biases).items():
+        began = time.process_time()
+        texts[name] = write(model, tokenizer, rows, args.batch_size, keep, **options)
+        seconds[name] = time.process_time() - began
+    first = next(iter(texts.values()))
+    return [
+        {
+            "way": name,
+            **judge_texts(written, rows),
+            "any_form": any_form(written, rows),
+            "loops": sum(map(loops, written)) / len(written),
+            "p": None if written is first else p_value(written, first, rows),
+            "seconds": seconds[name],
+        }
+        for name, written in texts.items()
+    ]
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Write in every way, and the table; returns the report."""
+    (args,) = HfArgumentParser(TunedArguments).parse_args_into_dataclasses(argv)
+    torch.set_num_threads(args.threads)
+    if args.valid_file is None:
+        rows = concept_sets(args.data_dir, args.concept_sets)
+    else:
+        rows = valid_sets(args.valid_file, args.concept_sets)
+    report = {"command": command(__file__, argv, args.data_dir), "results": measure(args, rows)}
+    report["environment"] = environment(sets=len(rows), threads=args.threads)
+    write_report(args.output, report, table(report["results"]))
+    return report
+
+
+if __name__ == "__main__":
+    main()
