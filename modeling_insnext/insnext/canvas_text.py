@@ -88,8 +88,8 @@ def build_canvas(
         keywords: Words or phrases, one list or a batch of lists. Phrases stay whole; white space around one is not
             part of it. A list beside strings is a keyword with alternatives, `[["look", "looks"], "field"]`: it stands
             in the text in one of these forms. A list of lists alone is a batch, so a text of which every keyword has
-            alternatives is written as one: `[[["look", "looks"], ["field", "fields"]]]`. Beside texts,
-            one list a text.
+            alternatives is written as one: `[[["look", "looks"], ["field", "fields"]]]`. Beside
+            one text it is a row, beside a list of texts one row a text.
         gap: The mark.
         min_gap_tokens: Least number of tokens in each gap without bounds of its own: one for all, a list with one a
             gap, or a list of such lists, one a row. None is 0.
@@ -118,16 +118,10 @@ def build_canvas(
         raise ValueError(f"gap must be a mark that is not blank, got {gap!r}")
     continuation_mask = continuation_mask_of(tokenizer, vocab_size)
     rows = [] if text is None else [_text_row(tokenizer, one, gap) for one in _texts(text)]
-    batch = [] if keywords is None else [_pieces_of(tokenizer, row, gap) for row in _keyword_lists(keywords)]
-    if text is None and ordered:
-        if choose is None and any(len(forms) > 1 for row in batch for forms in row):
-            raise ValueError("alternatives in a given order need choose, which chooses; model.canvas has one")
-        rows = [_keyword_row(tokenizer, forms, choose) for forms in batch]
-    elif keywords is not None:
-        rows = rows or [Row([tokenizer.bos_token_id], [0], [False], [Gap()], "")] * len(batch)
-        if len(rows) != len(batch):
-            raise ValueError(f"keywords beside texts are one list a text, got {len(batch)} for {len(rows)} texts")
-        rows = [row._replace(pending=forms) for row, forms in zip(rows, batch, strict=True)]
+    if keywords is not None:
+        batch = _keyword_lists(keywords, is_row=isinstance(text, str))
+        batch = [_pieces_of(tokenizer, row, gap) for row in batch]
+        rows = _ordered_rows(tokenizer, batch, choose) if ordered else _pending_rows(tokenizer, rows, batch)
     _warn_of_changes(tokenizer, rows)
     bounds = _gap_bounds(rows, min_gap_tokens, max_gap_tokens)
     canvas = _canvas_of(tokenizer, rows, bounds, continuation_mask)
@@ -181,13 +175,13 @@ def _texts(text: str | list[str]) -> list[str]:
     return texts
 
 
-def _keyword_lists(keywords: Keywords | list[Keywords]) -> list[list[list[str]]]:
-    """Return of each row its keywords, and of each of these its forms."""
+def _keyword_lists(keywords: Keywords | list[Keywords], is_row: bool) -> list[list[list[str]]]:
+    """Return of each row its keywords, and of each of these its forms; `is_row`: lists are forms, not rows."""
     if isinstance(keywords, str) or not isinstance(keywords, Sequence):
         raise ValueError(f"keywords must be a list of phrases, got {keywords!r}")
     if not keywords:
         raise ValueError("empty canvas: keywords is an empty list")
-    is_row = any(isinstance(entry, str) or not isinstance(entry, Sequence) for entry in keywords)
+    is_row = is_row or any(isinstance(entry, str) or not isinstance(entry, Sequence) for entry in keywords)
     batch = []
     for row, entries in enumerate([keywords] if is_row else keywords):
         if not entries:
@@ -240,6 +234,20 @@ def _pieces_of(tokenizer, keywords: list[list[str]], mark: str) -> list[list[Giv
             )
     texts = [[_segment(f" {form.strip()} ", True, True).text for form in forms] for forms in keywords]
     return [[Given(text, given_ids(tokenizer, text, first=False)) for text in forms] for forms in texts]
+
+
+def _ordered_rows(tokenizer, batch: list[list[list[Given]]], choose) -> list[Row]:
+    if choose is None and any(len(forms) > 1 for row in batch for forms in row):
+        raise ValueError("alternatives in a given order need choose, which chooses; model.canvas has one")
+    return [_keyword_row(tokenizer, pieces, choose) for pieces in batch]
+
+
+def _pending_rows(tokenizer, rows: list[Row], batch: list[list[list[Given]]]) -> list[Row]:
+    """Return the rows of texts, or where there are none rows of one gap, with pending keywords."""
+    rows = rows or [Row([tokenizer.bos_token_id], [0], [False], [Gap()], "")] * len(batch)
+    if len(rows) != len(batch):
+        raise ValueError(f"keywords beside a list of texts are one row a text, got {len(batch)} for {len(rows)} texts")
+    return [row._replace(pending=pieces) for row, pieces in zip(rows, batch, strict=True)]
 
 
 def _keyword_row(tokenizer, pieces: list[list[Given]], choose) -> Row:

@@ -201,6 +201,9 @@ def test_keywords_beside_a_text_are_pending_in_its_gaps(kind):
     marks, pending = build_canvas(tokenizer, texts), build_canvas(tokenizer, keywords=words, ordered=False)
     assert set(both) == {*marks, "pending_ids"} and same_bits(both.pending_ids, pending.pending_ids)
     assert all(same_bits(both[name], marks[name]) for name in marks)
+    # beside one text lists are alternatives, not rows
+    alone = build_canvas(tokenizer, texts[1], [["sea", "fish"], ["dog"]], ordered=False).pending_ids
+    assert same_bits(alone, build_canvas(tokenizer, keywords=[[["sea", "fish"], ["dog"]]], ordered=False).pending_ids)
 
 
 def test_a_list_among_strings_is_a_keyword_and_lists_alone_are_a_batch():
@@ -257,7 +260,9 @@ def test_marks_of_one_character_may_be_longer_and_other_marks_are_possible():
 
 TEXT_ERRORS = {
     "ordered=False is for keywords, .* ordered=True": dict(text="a ___", keywords=["fox"]),
-    "one list a text, got 2 for 1 texts": dict(text="a ___", keywords=[["fox"], ["sea"]], ordered=False),
+    "one row a text, got 2 for 1 texts": dict(text=["a ___"], keywords=[["fox"], ["sea"]], ordered=False),
+    "one row a text, got 1 for 2 texts": dict(text=["a ___", "b ___"], keywords=["fox"], ordered=False),
+    "phrases, got 'fox'": dict(text="a ___", keywords="fox", ordered=False),
     "keywords or both, got neither": dict(),
     "at least one mark": dict(text="The fox"),
     "at least one mark '___' to open a gap, got ''": dict(text=""),
