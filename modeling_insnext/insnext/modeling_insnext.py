@@ -248,7 +248,8 @@ class InsNextModel(InsNextPreTrainedModel):
         name, encoding = self.config._attn_implementation, self.config.position_encoding
         # a block of one token has no right side
         causal_blocks = self.config.block_attention == "causal" and interval.entries_BQ.shape[1] > 1
-        interval = interval._replace(causal_blocks=causal_blocks)
+        # what `_replace` makes, the compiler of PyTorch 2.9 cannot carry over a graph break
+        interval = Interval(**{**interval._asdict(), "causal_blocks": causal_blocks})
         if encoding != "alibi" and name not in ("eager", "sdpa"):
             raise ValueError(f'position_encoding="{encoding}" needs attn_implementation eager or sdpa, got {name!r}')
         if encoding == "sinusoidal":
