@@ -161,9 +161,19 @@ class DrtGenerationMixin(GenerationMixin):
             # the model that asked for this draft may take all of it back
             model_kwargs["past_key_values"].allow_crop(generation_config.max_new_tokens + 1)
 
+    def _assisted_decoding(self, input_ids, *args, generation_config, **kwargs):
+        """Behind a cache, read first what it does not hold; the loop of Transformers would read the whole text."""
+        mask, held = kwargs.get("attention_mask"), getattr(kwargs.get("past_key_values"), "columns", 0)
+        length = getattr(generation_config, "_mask_length", -1) if mask is None else mask.shape[1]
+        if 0 < held < length == input_ids.shape[1]:
+            kwargs["held_columns"] = held
+        return super()._assisted_decoding(input_ids, *args, generation_config=generation_config, **kwargs)
+
     def _get_candidate_generator(self, model_kwargs, **kwargs):
         """Let the cache take back every draft, however long, before it is read."""
-        generator = super()._get_candidate_generator(model_kwargs=model_kwargs, **kwargs)
+        # an assistant has a cache of its own
+        own = {name: value for name, value in model_kwargs.items() if name != "held_columns"}
+        generator = super()._get_candidate_generator(model_kwargs=own, **kwargs)
         draft, past = generator.get_candidates, model_kwargs.get("past_key_values")
 
         def get_candidates(input_ids, *args, **options):
@@ -201,10 +211,21 @@ class DrtGenerationMixin(GenerationMixin):
         return self(**inputs, return_dict=True)
 
     def prepare_inputs_for_generation(
-        self, input_ids, *args, inputs_embeds=None, lower_only_prefill=False, show_progress=False, **kwargs
+        self,
+        input_ids,
+        next_sequence_length=None,
+        inputs_embeds=None,
+        held_columns=None,
+        lower_only_prefill=False,
+        show_progress=False,
+        **kwargs,
     ):
         """Leave out what steers the prefill alone. `generate` takes `inputs_embeds` if they are named here."""
-        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        if held_columns is not None and next_sequence_length is None:
+            next_sequence_length = input_ids.shape[1] - held_columns
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
 
 
 __all__ = ["DrtGenerationMixin"]

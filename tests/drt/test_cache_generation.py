@@ -84,6 +84,20 @@ def test_drafts_longer_than_a_chunk_can_be_taken_back(given, monkeypatch):
         model.generate(ids, past_key_values=pasts[given](), **{**options, "max_new_tokens": 12})
 
 
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("drafted_by", ["lookup", "assistant"])
+def test_a_draft_reads_what_a_book_does_not_hold_and_nothing_twice(drafted_by, padding):
+    model, ids = tiny_model(), random_ids(1, 90)
+    options = {**PLAIN, "attention_mask": (torch.arange(90) >= padding).long()[None]}
+    plain = model.prefill(ids[:, :40], options["attention_mask"][:, :40])
+    expected = model.generate(ids, past_key_values=plain, **options)
+    draft = {"assistant_model": tiny_model(seed=1)} if drafted_by == "assistant" else {"prompt_lookup_num_tokens": 3}
+    past = model.prefill(ids[:, :40], options["attention_mask"][:, :40])
+    assert same_bits(model.generate(ids, past_key_values=past, **draft, **options), expected)
+    # the last token is written, not read
+    assert past.columns == plain.columns == expected.shape[1] - 1
+
+
 @pytest.mark.parametrize("schedule", ["constant", "heuristic"])
 def test_an_assistant_may_draft_more_than_a_chunk(schedule):
     model, ids = tiny_model(), random_ids(1, 33)
