@@ -82,13 +82,14 @@ def test_nobody_sees_the_missing_sentences_and_stories_of_other_lengths_are_left
     asked = []
     monkeypatch.setattr(story_infilling, "ROOM", dict.fromkeys(story_infilling.MISSING, 4))
     canvas = pair[0].canvas
-    monkeypatch.setattr(pair[0], "canvas", lambda tokenizer, texts: asked.append(texts) or canvas(tokenizer, texts))
+    monkeypatch.setattr(story_infilling, "LEAST", dict.fromkeys(story_infilling.MISSING, 3))
+    monkeypatch.setattr(pair[0], "canvas", lambda *args, **bounds: asked.append(args[1]) or canvas(*args, **bounds))
     output = str(data_dir / "table")
     report = story_infilling.main(["--data_dir", str(data_dir), "--output", output])
     assert asked[0][0] == "The old man sat. The sea was still. ___ It ran to him. They sat by the sea."
-    assert asked[1][1] == "The old man sat. ___ They sat by the sea."
+    assert asked[2][1] == "The old man sat. ___ They sat by the sea."
     rows = {(row["missing"], row["model"]): row for row in report["results"]}
-    assert len(rows) == 6 and all(row["n"] == 2 for row in rows.values())
+    assert len(rows) == 8 and all(row["n"] == 2 for row in rows.values())
     assert rows["1 of 5", "the story itself"]["rougeL"] == 100
     assert all(
         len(text.split()) <= 4 for row in rows.values() if "story" not in row["model"] for text in row["examples"]
