@@ -101,7 +101,6 @@ def ways(biases: list[float]) -> dict[str, tuple[str, dict]]:
     bias = {"keyword_bias": biases[0]}
     rows[f"the same, bias {biases[0]:g}, EBR ratio 1"] = ("pending", {**ratio, **bias})
     rows[f"the same, bias {biases[0]:g}, in reading order"] = ("pending", {**reading, **bias})
-    rows["insertion, forms pending, in reading order, 4 beams"] = ("pending", {**reading, "num_beams": 4})
     rows["insertion, given in order"] = ("given", once)
     rows["the same, EBR ratio 1"] = ("given", ratio)
     return rows
