@@ -1,10 +1,11 @@
 """A trained memory, kept without its source, makes with it the model that was trained."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from conversion import from_llama, smol_memory
@@ -76,7 +77,7 @@ def test_other_weights_than_those_it_was_trained_on_are_told(trained):
 def test_what_is_no_memory_of_this_model_is_refused_and_nothing_written(trained):
     folder, _ = trained
     tensors = smol_memory.load_file(folder / "memory" / smol_memory.WEIGHTS)
-    gate = next(name for name in tensors if name.endswith(".gate"))
+    gate = next(name for name in tensors if name.endswith("attn.gate"))
     for wrong, message in (
         ({n: x for n, x in tensors.items() if n != gate}, rf"must have the tensors of its model, not so \['{gate}'\]"),
         ({**tensors, gate: tensors[gate][:1].clone()}, rf"{gate} must be \[4\], got \[1\]"),
@@ -91,3 +92,15 @@ def test_what_is_no_memory_of_this_model_is_refused_and_nothing_written(trained)
     (folder / "memory" / smol_memory.FIELDS).unlink()
     with pytest.raises(ValueError, match="a memory must have memory.json, got none"):
         put_together(folder)
+
+
+def test_the_shipped_memory_is_small_finite_and_says_what_it_fits():
+    folder = Path(__file__).parents[2] / "examples" / "checkpoints" / "drt-smol"
+    tensors, fields = (
+        load_file(folder / smol_memory.WEIGHTS),
+        json.loads((folder / smol_memory.FIELDS).read_text(encoding="utf-8")),
+    )
+    assert (folder / smol_memory.WEIGHTS).stat().st_size < 24e6 and len(fields["source_sha256"]) == 64
+    assert all(x.dtype == torch.bfloat16 and bool(x.isfinite().all()) for x in tensors.values())
+    # four layers read, each with a gate of its own, and none of them is of the source
+    assert fields["options"]["cross_attention_layers"] == sum(name.endswith("attn.gate") for name in tensors) == 4
