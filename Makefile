@@ -9,7 +9,8 @@ SMOL := $(VENV)/.smollm2
 # the oldest releases that setup.py allows, on the oldest Python that is here
 OLDEST ?= .venv-oldest
 OLDEST_PYTHON ?= $(or $(shell command -v python3.10),$(PYTHON))
-OLDEST_PINS := "torch==2.9.*" "transformers==5.17.*" "huggingface_hub==1.31.*"
+# the interpreter of the Triton that comes with that PyTorch calls int() on arrays, which newer releases of NumPy refuse
+OLDEST_PINS := "torch==2.9.*" "transformers==5.17.*" "huggingface_hub==1.31.*" "numpy<2.4"
 OUTSIDE ?= .venv-outside
 PORT ?= 8000
 # processes that a test starts find the package compiled
