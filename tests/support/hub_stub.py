@@ -83,7 +83,8 @@ def _handler(hub: HubStub):
             if isinstance(content, dict):
                 content, headers = json.dumps(content).encode(), {"Content-Type": "application/json", **headers}
             self.send_response(status)
-            for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            # the next stub has the same address: a connection that stays open would go on to ask this one
+            for name, value in {"Content-Length": str(len(content)), "Connection": "close", **headers}.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
             if self.command != "HEAD":
