@@ -72,11 +72,21 @@ def measure(args: PretrainedArguments, rows: list[dict]) -> list[dict]:
     for name, model, free, options in ways(adapted, converted):
         asked = [with_forms(row) for row in rows] if free else rows
         texts[name], _ = write_texts(model, tokenizer, asked, args.batch_size, not free, **options)
-    results = []
-    for name, written in texts.items():
-        more = {"any_form": any_form(written, rows), "loops": sum(map(loops, written)) / len(written)}
-        results.append({"way": name, **judge_texts(written, rows), **more})
-    return results
+    return [{"way": name, **judged(written, rows)} for name, written in texts.items()]
+
+
+def judged(texts: list[str], rows: list[dict]) -> dict:
+    """Return coverage of both kinds, BLEU and the share of texts that loop."""
+    more = {"any_form": any_form(texts, rows), "loops": sum(map(loops, texts)) / len(texts)}
+    return {**judge_texts(texts, rows), **more}
+
+
+def first_texts(results: list[dict]) -> list[str]:
+    """Return lines of Markdown with the first texts of every way."""
+    lines = []
+    for row in results:
+        lines += ["", f"{row['way']}, the first ten:", "", *(f"- {text}" for text in row["examples"])]
+    return lines
 
 
 def table(results: list[dict]) -> str:
@@ -84,9 +94,7 @@ def table(results: list[dict]) -> str:
     for row in results:
         bleu = f"{row['bleu']:.2f} ± {row['bleu_interval']:.2f}"
         lines.append(f"| {row['way']} | {row['coverage']:.1%} | {row['any_form']:.1%} | {bleu} | {row['loops']:.1%} |")
-    for row in results:
-        lines += ["", f"{row['way']}, the first ten:", "", *(f"- {text}" for text in row["examples"])]
-    return "\n".join(lines)
+    return "\n".join([*lines, *first_texts(results)])
 
 
 def study(args: PretrainedArguments) -> Study:

@@ -15,10 +15,10 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+from commongen_pretrained import first_texts, judged
 from commongen_table import p_value
-from decoding_defaults import loops
-from evaluate_insnext import concept_sets, judge_texts
-from keyword_forms import any_form, with_forms
+from evaluate_insnext import concept_sets
+from keyword_forms import with_forms
 from left_to_right_perplexity import load
 from peft import PeftModel
 from pretrained_pair import adapted, hub_folder, packaged_file
@@ -128,9 +128,7 @@ def measure(args: TunedArguments, rows: list[dict]) -> list[dict]:
     return [
         {
             "way": name,
-            **judge_texts(written, rows),
-            "any_form": any_form(written, rows),
-            "loops": sum(map(loops, written)) / len(written),
+            **judged(written, rows),
             "p": None if written is first else p_value(written, first, rows),
             "seconds": seconds[name] / len(rows),
         }
@@ -147,9 +145,7 @@ def table(results: list[dict]) -> str:
             f"| {row['way']} | {row['coverage']:.1%} | {row['any_form']:.1%} | {bleu} | {chance} | {row['loops']:.1%} "
             f"| {row['seconds']:.2f} |"
         )
-    for row in results:
-        lines += ["", f"{row['way']}, the first ten:", "", *(f"- {text}" for text in row["examples"])]
-    return "\n".join(lines)
+    return "\n".join([*lines, *first_texts(results)])
 
 
 def study(args: TunedArguments) -> Study:
