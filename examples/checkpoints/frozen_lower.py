@@ -9,6 +9,8 @@ Shape suffixes as in modeling_drt: B rows, L tokens of a row, C chunks of a row,
 width, U tokens that the upper layers read.
 """
 
+from copy import copy
+
 import torch
 
 from modeling_insnext.drt.layout import Layout, build_layout
@@ -36,11 +38,21 @@ class SharedChunks:
         """Return the numbers of the k best allowed chunks, `[B, U, K]`; `noisy` adds Gumbel noise to the choice."""
 
         def score(start, stop):
-            scores = wide_scores(queries_BUD, self.landmarks[None, start:stop]) * queries_BUD.shape[-1] ** -0.5
+            scores = self.scores(queries_BUD, start, stop)
             scores = scores + gumbel_like(scores) if noisy else scores
             return scores.masked_fill(~self.allowed[:, :, start:stop], -torch.inf)
 
         return best_chunks(score, torch.full_like(asking_BU, self.total), self.total, k)
+
+    def scores(self, queries: torch.Tensor, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Return the scores of chunks `[B, U, N]` for queries `[B, U, D]`, of those from `start` to `stop`."""
+        return wide_scores(queries, self.landmarks[None, start:stop]) * queries.shape[-1] ** -0.5
+
+    def of_rows(self, count: int) -> "SharedChunks":
+        """Return the same memory for the first rows alone."""
+        fewer = copy(self)
+        fewer.allowed = self.allowed[:count]
+        return fewer
 
     def landmarks_of(self, chunks_BUK: torch.Tensor) -> torch.Tensor:
         return self.landmarks[chunks_BUK.clamp_min(0)]
@@ -94,7 +106,7 @@ def question_scores(model, lower_BLD: torch.Tensor, memory: SharedChunks) -> tor
     """
     S = model.config.chunk_size
     queries_BD = model.query_norms[0](lower_BLD[:, -S - 1])
-    scores_BN = wide_scores(queries_BD[None], memory.landmarks[None])[0] * queries_BD.shape[-1] ** -0.5
+    scores_BN = memory.scores(queries_BD[None])[0]
     return scores_BN.masked_fill(~memory.allowed[:, -2], -torch.inf)
 
 
@@ -102,8 +114,7 @@ def upper_states(model, lower_BLD: torch.Tensor, memory: SharedChunks) -> torch.
     """Return the last states `[B, tail S, D]` of the chunks that ask, of the first B rows of the batch."""
     S, tail = model.config.chunk_size, memory.allowed.shape[1] - 1
     text = torch.cat([lower_BLD[:, :S], lower_BLD[:, -tail * S :]], 1)
-    memory.allowed = memory.allowed[: len(text)]
-    layout = whole_layout(model, text)
+    memory, layout = memory.of_rows(len(text)), whole_layout(model, text)
     carried, hidden, first = model._carry(layout, None, text), text, model.config.num_lower_layers
     for group, count in enumerate(model.config.retrieval_groups):
         served = model.retriever.retrieve(model, group, hidden, layout, memory, None)

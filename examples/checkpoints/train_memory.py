@@ -154,6 +154,13 @@ def evaluate(model, rows: Rows, args) -> dict:
     return {**means, **counts, "recall": round(float(np.mean([part.recall for part in parts])), 3)}
 
 
+def set_gates(model, value: float) -> None:
+    """Open every gate of cross-attention so far."""
+    for name, weight in model.named_parameters():
+        if name.endswith(".gate"):
+            weight.data.fill_(value)
+
+
 def make_optimizer(model, args) -> torch.optim.Optimizer:
     named = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     scales = [weight for name, weight in named if any(part in name for part in SCALES)]
@@ -242,9 +249,7 @@ def main(argv=None) -> None:
     args = parse(argv)
     config = DrtConfig.from_pretrained(args.model, sliding_window=args.window)
     model = freeze_source(DrtForCausalLM.from_pretrained(args.model, config=config, dtype=torch.float32))
-    for name, weight in model.named_parameters():
-        if name.endswith(".gate"):
-            weight.data.fill_(args.gate)
+    set_gates(model, args.gate)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     ids = {name: np.load(f"{args.corpus}/{name}.npy", mmap_mode="r") for name in ("train", "valid")}
     training = Rows(model, tokenizer, ids["train"], args, args.seed)

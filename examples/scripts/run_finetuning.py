@@ -197,19 +197,17 @@ def main(args: list[str] | None = None) -> dict[str, float]:
     report_losses(rows, splits, finetuning)
     note_arguments(training, model_args, data, finetuning, insertion, adapter)
     if insnext:
-        collators = make_collators(finetuning, insertion, tokenizer, rows, training)
+        options = make_collators(finetuning, insertion, tokenizer, rows, training)
+        options |= {"learning_rates": insertion.learning_rates}
         rows = scheduled(insertion, rows, training)
     else:
-        collators = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
+        options = {"data_collator": DataCollatorForSeq2Seq(tokenizer)}
     head = ["slot_head"] if insertion.head_learning_rate is not None else None
     model = add_adapter(load_model(AutoModelForCausalLM, model_args, config), adapter, "CAUSAL_LM", head)
     if tests is not None:
         check_generation(finetuning, model, tokenizer, tests)
-    if insnext:
-        trainer_class, collators = InsertionTrainer, {**collators, "learning_rates": insertion.learning_rates}
-    else:
-        trainer_class = TokenMeanTrainer
-    trainer = trainer_class(model, training, processing_class=tokenizer, **collators, **rows)
+    trainer_class = InsertionTrainer if insnext else TokenMeanTrainer
+    trainer = trainer_class(model, training, processing_class=tokenizer, **options, **rows)
     metrics = train_and_evaluate(trainer, perplexity=not insnext)
     if tests is not None:
         written = predict(finetuning, model, tokenizer, tests, training)

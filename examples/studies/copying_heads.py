@@ -33,7 +33,7 @@ from modeling_insnext.tasks import WordNeedleTask, draw_needles, wilson_interval
 sys.path.append(str(Path(__file__).parents[2]))
 sys.path.append(str(Path(__file__).parents[1] / "checkpoints"))
 from frozen_lower import encode, question_scores, upper_states  # isort: skip
-from train_memory import Rows, banned, next_targets, parse  # isort: skip
+from train_memory import Rows, banned, next_targets, parse, set_gates  # isort: skip
 from conversion.smollm2 import hub_folder, packaged_file  # isort: skip
 
 
@@ -83,12 +83,6 @@ def load_memory(argument: str, window: int):
     if trained:
         model.load_state_dict(load_file(Path(trained) / "memory.safetensors"), strict=False)
     return name, model
-
-
-def set_gates(model, value: float) -> None:
-    for name, weight in model.named_parameters():
-        if name.endswith(".gate"):
-            weight.data.fill_(value)
 
 
 def answers(model, rows: list, lower_BLD: torch.Tensor, memory) -> list[tuple[float, bool]]:
